@@ -1,0 +1,236 @@
+"""Allocations: rules that turn a parameter budget into a rank map. Pure: no torch, no Optuna.
+
+The closed form rests on one fact: with factors from the two-sided decomposition, the predicted rise of the loss
+is a sum over layers, so the best rank maps of all budgets lie on the lower convex hulls of the layers' points
+(parameters, predicted rise), walked down together by rise saved per parameter (Lagrange; Shoham and Gersho,
+"Efficient bit allocation for an arbitrary set of quantizers", 1988).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rank_search.errors import BudgetError
+from rank_search.ranks import LayerShape, RankMap, RankSpace
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCurve:
+    """The choices of one layer, by ascending parameters, dense last.
+
+    ``ranks`` (c,) holds 0 for dense; ``params`` (c,) numbers stored; ``rises`` (c,) predicted rise of the loss in
+    nats, 0 for dense; ``hull`` the indices of the lower convex hull.
+    """
+
+    shape: LayerShape
+    ranks: Ints
+    params: Ints
+    rises: Floats
+    hull: Ints
+
+    @classmethod
+    def of(cls, space: RankSpace, shape: LayerShape, tail: Floats) -> LayerCurve:
+        """``tail[r]`` is the predicted rise at rank r, for r = 0 .. min(m, n)."""
+        allowed = np.asarray(space.ranks(shape), dtype=np.int64)
+        ranks = np.append(allowed, 0)
+        params = np.array([shape.params(int(r) or None, space.storage) for r in ranks], dtype=np.int64)
+        rises = np.append(tail[allowed], 0.0)
+        return cls(shape, ranks, params, rises, lower_hull(params, rises))
+
+
+def lower_hull(params: Ints, rises: Floats) -> Ints:
+    """Indices of the lower convex hull of points sorted by ascending ``params``, cheapest point first.
+
+    Only edges that save rise are kept, so slopes fall strictly in magnitude along the hull; the last index may
+    stop before the last point when more parameters save nothing.
+    """
+    hull: list[int] = []
+    for i in range(len(params)):
+        if hull and rises[i] >= rises[hull[-1]]:
+            continue
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            left = (rises[a] - rises[b]) * (params[i] - params[b])
+            right = (rises[b] - rises[i]) * (params[b] - params[a])
+            if left > right:
+                break
+            hull.pop()
+        hull.append(i)
+    return np.array(hull, dtype=np.int64)
+
+
+class Allocator:
+    """Allocates budgets over the layers of one rank space.
+
+    Args:
+        space: the layers, the storage form and the allowed ranks.
+        tails: module name → predicted rise at rank 0, 1, ..., min(m, n), in nats (``½ Σ_{i>r} σᵢ²``).
+    """
+
+    def __init__(self, space: RankSpace, tails: Mapping[str, Floats]) -> None:
+        self.space = space
+        self._curves = [LayerCurve.of(space, shape, np.asarray(tails[shape.name])) for shape in space.shapes]
+        layer, start, end, slope, cost = [], [], [], [], []
+        for index, curve in enumerate(self._curves):
+            steps = np.diff(curve.params[curve.hull])
+            layer.append(np.full(len(steps), index))
+            start.append(curve.hull[:-1])
+            end.append(curve.hull[1:])
+            cost.append(steps)
+            slope.append(-np.diff(curve.rises[curve.hull]) / steps)
+        self._layer: Ints = np.concatenate(layer).astype(np.int64)
+        self._end: Ints = np.concatenate(end).astype(np.int64)
+        self._cost: Ints = np.concatenate(cost).astype(np.int64)
+        self._slope: Floats = np.concatenate(slope)
+
+    def budget(self, kept: float) -> int:
+        """Parameters of the target layers that a kept fraction allows.
+
+        Raises:
+            BudgetError: outside (0, 1], or below what the smallest ranks need.
+        """
+        if not 0 < kept <= 1:
+            raise BudgetError(f"kept fraction of the target layers must be in (0, 1], not {kept:g}")
+        # The small addend undoes binary rounding such as 0.29 * 100 = 28.999999999999996.
+        budget = int(kept * self.space.dense_params + 1e-6)
+        least = self.space.min_params
+        if budget < least:
+            raise BudgetError(
+                f"kept fraction {kept:g} of the target layers allows {budget} parameters, but their smallest ranks "
+                f"need {least}; keep at least {least / self.space.dense_params:.4g}"
+            )
+        return budget
+
+    def closed_form(self, kept: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
+        """The rank map of least predicted rise within the budget.
+
+        ``multipliers`` maps module names to u; a layer's predicted rise is scaled by exp(u) first. At budgets where
+        the walk down the hulls ends on a vertex the result is optimal among all rank maps; between them it
+        differs from the optimum by less than one step of one hull.
+        """
+        return self._rank_map(self._walk(self.budget(kept), self._weights(multipliers)))
+
+    def uniform(self, kept: float) -> RankMap:
+        """The same kept fraction for every layer, what rounding leaves over going to the largest remainders."""
+        return self._rank_map(self._uniform(self.budget(kept)))
+
+    def blend(self, kept: float, uniformity: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
+        """Between the closed form (``uniformity`` 0) and uniform (1): each layer's parameters are interpolated.
+
+        A shrinkage towards uniform guards against predicted rises that are off for single layers.
+        """
+        budget = self.budget(kept)
+        weights = self._weights(multipliers)
+        if uniformity <= 0:
+            return self._rank_map(self._walk(budget, weights))
+        even = self._uniform(budget)
+        if uniformity >= 1:
+            return self._rank_map(even)
+        closed = self._walk(budget, weights)
+        chosen = []
+        for curve, a, b in zip(self._curves, closed, even, strict=True):
+            wanted = (1 - uniformity) * curve.params[a] + uniformity * curve.params[b]
+            chosen.append(max(0, int(np.searchsorted(curve.params, wanted, side="right")) - 1))
+        self._spend(chosen, budget, self._saving(weights))
+        return self._rank_map(chosen)
+
+    def predicted_rise(self, rank_map: RankMap) -> float:
+        """Predicted rise of the loss over the dense model, in nats per token."""
+        rise = 0.0
+        for curve in self._curves:
+            rank = rank_map.get(curve.shape.name)
+            if rank is not None:
+                rise += float(curve.rises[np.searchsorted(curve.ranks[:-1], rank)])
+        return rise
+
+    def _weights(self, multipliers: Mapping[str, float] | None) -> Floats:
+        if not multipliers:
+            return np.ones(len(self._curves))
+        return np.exp([multipliers.get(curve.shape.name, 0.0) for curve in self._curves])
+
+    def _walk(self, budget: int, weights: Floats) -> list[int]:
+        """Indices into each layer's choices after walking all hulls, steepest first."""
+        chosen = [int(curve.hull[0]) for curve in self._curves]
+        left = budget - sum(int(curve.params[i]) for curve, i in zip(self._curves, chosen, strict=True))
+        # A stable sort keeps the steps of one layer in order where slopes are equal.
+        order = np.argsort(-(self._slope * weights[self._layer]), kind="stable")
+        spent = np.cumsum(self._cost[order])
+        whole = int(np.searchsorted(spent, left, side="right"))
+        for step in order[:whole]:
+            chosen[self._layer[step]] = int(self._end[step])
+        self._spend(chosen, budget, self._saving(weights))
+        return chosen
+
+    def _uniform(self, budget: int) -> list[int]:
+        fraction = budget / self.space.dense_params
+        chosen: list[int] = []
+        surplus: dict[int, float] = {}
+        for curve in self._curves:
+            share = fraction * curve.shape.dense_params
+            index = max(0, int(np.searchsorted(curve.params, share + 1e-6, side="right")) - 1)
+            chosen.append(index)
+            following = min(index + 1, len(curve.params) - 1)
+            step = curve.params[following] - curve.params[index]
+            # A layer's second extra step comes after every other layer's first.
+            surplus[id(curve)] = index + ((share - curve.params[index]) / step if step else 0.0)
+        # Layers that cannot go as low as their share may have overspent; the others give it back.
+        self._give_back(chosen, budget)
+        self._spend(chosen, budget, lambda curve, i: surplus[id(curve)] - i)
+        return chosen
+
+    def _give_back(self, chosen: list[int], budget: int) -> None:
+        """Lower the layers that keep the largest fraction until the budget is met."""
+        used = self._used(chosen)
+        while used > budget:
+            lowerable = [k for k, i in enumerate(chosen) if i > 0]
+            k = max(lowerable, key=lambda k: self._curves[k].params[chosen[k]] / self._curves[k].shape.dense_params)
+            curve = self._curves[k]
+            used -= int(curve.params[chosen[k]] - curve.params[chosen[k] - 1])
+            chosen[k] -= 1
+
+    def _saving(self, weights: Floats) -> Callable[[LayerCurve, int], float]:
+        index = {id(curve): k for k, curve in enumerate(self._curves)}
+
+        def per_parameter(curve: LayerCurve, i: int) -> float:
+            saved = curve.rises[i] - curve.rises[i + 1]
+            return float(weights[index[id(curve)]] * saved / (curve.params[i + 1] - curve.params[i]))
+
+        return per_parameter
+
+    def _spend(self, chosen: list[int], budget: int, value: Callable[[LayerCurve, int], float]) -> None:
+        """Spend what is left of the budget on single steps, the most valuable that fits first, until none fits."""
+        left = budget - self._used(chosen)
+        queue = [
+            (-value(curve, i), k)
+            for k, (curve, i) in enumerate(zip(self._curves, chosen, strict=True))
+            if i + 1 < len(curve.params)
+        ]
+        heapq.heapify(queue)
+        while queue and left > 0:
+            _, k = heapq.heappop(queue)
+            curve, i = self._curves[k], chosen[k]
+            cost = int(curve.params[i + 1] - curve.params[i])
+            if cost > left:
+                continue  # left only falls, so this step will never fit again
+            left -= cost
+            chosen[k] = i + 1
+            if i + 2 < len(curve.params):
+                heapq.heappush(queue, (-value(curve, i + 1), k))
+
+    def _used(self, chosen: list[int]) -> int:
+        return sum(int(curve.params[i]) for curve, i in zip(self._curves, chosen, strict=True))
+
+    def _rank_map(self, chosen: list[int]) -> RankMap:
+        return RankMap(
+            (curve.shape.name, int(curve.ranks[i]))
+            for curve, i in zip(self._curves, chosen, strict=True)
+            if curve.ranks[i] > 0
+        )

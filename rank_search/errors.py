@@ -1,0 +1,88 @@
+"""Every exception that rank_search raises on purpose.
+
+::
+
+    RankSearchError                 message is one line: the rule, the value, the way out
+    ├── InputError                  something the user gave; nothing was changed; the CLI exits with 2
+    │   ├── StudyFileError          study file missing, malformed, or against its schema
+    │   ├── ModelError              no such model, unusable format, remote code not allowed
+    │   ├── TargetError             a pattern that matches nothing, a layer that cannot be a target
+    │   ├── DataError               text missing, too short, or overlapping between splits
+    │   ├── BudgetError             a kept fraction or parameter budget that cannot be met
+    │   ├── RankMapError            a rank map that does not fit its model
+    │   ├── DeviceError             a device that was asked for and is not there
+    │   ├── StudyMismatchError      a study resumed with a file that means something else
+    │   └── StorageError            database unreachable, of an unknown version, or without the study
+    ├── DecompositionError          a layer whose factors could not be computed
+    ├── BankError                   a factor bank that cannot be written or is damaged
+    └── TrialError                  one trial failed; the study goes on
+        └── NonFiniteLossError      a loss that is NaN or infinite
+"""
+
+from __future__ import annotations
+
+
+class RankSearchError(Exception):
+    """Base class; ``str(error)`` is one line fit for a terminal."""
+
+    exit_code = 2
+
+
+class InputError(RankSearchError):
+    """Something the user gave is wrong, and nothing was changed."""
+
+
+class StudyFileError(InputError):
+    """The study file is missing, malformed or against its schema."""
+
+
+class ModelError(InputError):
+    """The model is missing, in an unusable format, or needs remote code that the study does not allow."""
+
+
+class TargetError(InputError):
+    """A pattern matches no layer, or a layer cannot be a target."""
+
+
+class DataError(InputError):
+    """Text is missing, too short for its blocks, or shared between splits."""
+
+
+class BudgetError(InputError):
+    """A kept fraction or parameter budget cannot be met."""
+
+
+class RankMapError(InputError):
+    """A rank map does not fit the model it is applied to."""
+
+
+class DeviceError(InputError):
+    """A device was asked for that is not there."""
+
+
+class StudyMismatchError(InputError):
+    """A study is resumed with a file that means something else."""
+
+
+class StorageError(InputError):
+    """The database cannot be reached, is of an unknown version, or lacks the study."""
+
+
+class DecompositionError(RankSearchError):
+    """The factors of a layer could not be computed."""
+
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(f"layer {layer}: {reason}")
+        self.layer = layer
+
+
+class BankError(RankSearchError):
+    """A factor bank cannot be written, or is damaged."""
+
+
+class TrialError(RankSearchError):
+    """One trial failed; its reason is stored and the study goes on."""
+
+
+class NonFiniteLossError(TrialError):
+    """A loss is NaN or infinite."""

@@ -1,0 +1,129 @@
+"""The Pareto front of validation loss against parameter count. Pure: no torch, no Optuna."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rank_search.errors import BudgetError
+from rank_search.measurement import Fidelity, Measurement
+from rank_search.ranks import RankMap
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """A measured rank map: which trial proposed it, from what source, and what came of it."""
+
+    trial: int
+    rank_map: RankMap
+    measurement: Measurement
+    source: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Validation loss, nats per token."""
+        return self.measurement.loss
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the whole compressed model."""
+        return self.measurement.num_params
+
+    def dominates(self, other: FrontPoint) -> bool:
+        """At most the loss and at most the parameters of ``other``, and less of one.
+
+        Of two points equal in both, the earlier trial dominates, so that a front holds each outcome once
+        and does not depend on the order in which points arrive.
+        """
+        if (self.loss, self.num_params) == (other.loss, other.num_params):
+            return self.trial < other.trial
+        return self.loss <= other.loss and self.num_params <= other.num_params
+
+
+@dataclass(frozen=True)
+class Front(Sequence[FrontPoint]):
+    """The non-dominated points of the highest fidelity, by ascending parameter count.
+
+    Loss falls strictly as parameters rise along it.
+    """
+
+    points: tuple[FrontPoint, ...] = ()
+
+    @classmethod
+    def of(cls, points: Iterable[FrontPoint]) -> Front:
+        """The front of any measured points: one sort, one sweep."""
+        candidates = list(points)
+        top = max((p.measurement.fidelity for p in candidates), default=Fidelity.PREDICTED)
+        best: list[FrontPoint] = []
+        ranked = [p for p in candidates if p.measurement.fidelity == top]
+        for point in sorted(ranked, key=lambda p: (p.num_params, p.loss, p.trial)):
+            if not best or point.loss < best[-1].loss:
+                best.append(point)
+        return cls(tuple(best))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[FrontPoint]:
+        return iter(self.points)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's two overloads add nothing here
+        return self.points[index]
+
+    def at_most_kept(self, kept: float) -> FrontPoint:
+        """Lowest loss among the points that keep at most ``kept`` of the target layers."""
+        if not 0 < kept <= 1:
+            raise BudgetError(f"kept fraction of the target layers must be in (0, 1], not {kept:g}")
+        fitting = [p for p in self.points if p.measurement.kept_of_targets <= kept + 1e-12]
+        if not fitting:
+            least = min((p.measurement.kept_of_targets for p in self.points), default=math.nan)
+            raise BudgetError(
+                f"no point of the front keeps at most {kept:g} of the target layers; the smallest keeps {least:.4f}"
+            )
+        return min(fitting, key=lambda p: p.loss)
+
+    def at_most_params(self, num_params: int) -> FrontPoint:
+        """Lowest loss among the points of at most ``num_params`` parameters in the whole model."""
+        fitting = [p for p in self.points if p.num_params <= num_params]
+        if not fitting:
+            least = min((p.num_params for p in self.points), default=0)
+            raise BudgetError(f"no point of the front has at most {num_params} parameters; the smallest has {least}")
+        return min(fitting, key=lambda p: p.loss)
+
+    def at_most_loss(self, loss: float) -> FrontPoint:
+        """Fewest parameters among the points of at most ``loss`` nats per token."""
+        fitting = [p for p in self.points if p.loss <= loss]
+        if not fitting:
+            least = min((p.loss for p in self.points), default=math.nan)
+            raise BudgetError(
+                f"no point of the front has a validation loss of at most {loss:g}; the lowest is {least:.4f}"
+            )
+        return min(fitting, key=lambda p: p.num_params)
+
+    def knee(self) -> FrontPoint:
+        """The point farthest below the straight line between the front's ends, both axes scaled to [0, 1]
+        (Das, "On characterizing the 'knee' of the Pareto curve", 1999)."""
+        if not self.points:
+            raise BudgetError("the front is empty; run the study first")
+        first, last = self.points[0], self.points[-1]
+        width = last.num_params - first.num_params
+        height = first.loss - last.loss
+
+        def below_line(point: FrontPoint) -> float:
+            if width == 0 or height == 0:
+                return 0.0
+            return (first.loss - point.loss) / height - (point.num_params - first.num_params) / width
+
+        return max(self.points, key=lambda p: (below_line(p), -p.num_params))
+
+    def hypervolume(self, reference_loss: float, reference_params: int) -> float:
+        """Area that the front dominates below the reference point, in nats · parameters."""
+        area = 0.0
+        right = float(reference_params)
+        for point in reversed(self.points):
+            if point.loss >= reference_loss or point.num_params >= right:
+                continue
+            area += (right - point.num_params) * (reference_loss - point.loss)
+            right = float(point.num_params)
+        return area

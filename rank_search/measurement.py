@@ -1,0 +1,80 @@
+"""What one evaluation of a rank map returned. Pure: no torch, no Optuna."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+from rank_search.errors import NonFiniteLossError
+
+
+class Fidelity(IntEnum):
+    """How a loss was obtained, in ascending order of trust."""
+
+    PREDICTED = 0
+    """Closed form, no evaluation."""
+    SLICED = 1
+    """Evaluated without training of its own."""
+    TUNED = 2
+    """Evaluated after its own short fine-tune."""
+    CONFIRMED = 3
+    """Long fine-tune, test split."""
+
+    @property
+    def label(self) -> str:
+        """The name in files, tables and the database."""
+        return self.name.lower()
+
+    @classmethod
+    def from_label(cls, label: str) -> Fidelity:
+        """Inverse of :attr:`label`."""
+        return cls[label.upper()]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One evaluation of one rank map.
+
+    Attributes:
+        loss: validation loss, nats per token; always finite.
+        standard_error: of ``loss`` over the validation blocks, nats per token.
+        num_params: parameters of the whole compressed model, in the study's storage form.
+        target_params: parameters of its target layers.
+        kept_of_targets: kept fraction of the target layers.
+        kept_of_model: kept fraction of the whole model.
+        fidelity: how ``loss`` was obtained.
+        tokens: tokens that ``loss`` is a mean over.
+        swap_seconds, finetune_seconds, score_seconds: where the trial's time went.
+        peak_memory: bytes on the accelerator, or of the process on a CPU.
+    """
+
+    loss: float
+    standard_error: float
+    num_params: int
+    target_params: int
+    kept_of_targets: float
+    kept_of_model: float
+    fidelity: Fidelity
+    tokens: int
+    swap_seconds: float = 0.0
+    finetune_seconds: float = 0.0
+    score_seconds: float = 0.0
+    peak_memory: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.loss):
+            raise NonFiniteLossError(f"validation loss is {self.loss}")
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows a float."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole evaluation."""
+        return self.swap_seconds + self.finetune_seconds + self.score_seconds

@@ -1,0 +1,180 @@
+"""Layer shapes, rank maps, and the space of rank maps of one model. Pure: no torch, no Optuna."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from rank_search.errors import RankMapError
+
+Storage = Literal["two-factor", "pivoted"]
+"""How a matrix of rank r is stored: two factors, r (m + n) numbers, or r kept rows and the
+coefficients of the others, r (m + n - r) numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """A target layer ``y = W x`` with ``W`` of shape (m, n), without its bias.
+
+    ``group`` is the layer's type (its module name inside the block), ``depth`` the index of its block.
+    """
+
+    name: str
+    m: int
+    n: int
+    group: str = ""
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.m < 1 or self.n < 1:
+            raise ValueError(f"layer {self.name}: shape ({self.m}, {self.n}) is empty")
+
+    @property
+    def dense_params(self) -> int:
+        """Numbers in the dense matrix, m n."""
+        return self.m * self.n
+
+    def params(self, rank: int | None, storage: Storage = "two-factor") -> int:
+        """Numbers stored at ``rank``; ``None`` is dense."""
+        if rank is None:
+            return self.dense_params
+        if storage == "pivoted":
+            return rank * (self.m + self.n - rank)
+        return rank * (self.m + self.n)
+
+    def max_rank(self, storage: Storage = "two-factor") -> int:
+        """Largest rank that stores fewer numbers than the dense matrix; 0 if there is none."""
+        if storage == "pivoted":
+            return min(self.m, self.n) - 1
+        return (self.dense_params - 1) // (self.m + self.n)
+
+
+class RankMap(Mapping[str, int]):
+    """Module name → rank. A target layer that is absent is left dense. Immutable and hashable."""
+
+    __slots__ = ("_hash", "_ranks")
+
+    def __init__(self, ranks: Mapping[str, int] | Iterable[tuple[str, int]] = ()) -> None:
+        self._ranks: dict[str, int] = dict(ranks)
+        for name, rank in self._ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise RankMapError(f"rank of {name} must be a whole number of at least 1, not {rank!r}")
+        self._hash = hash(frozenset(self._ranks.items()))
+
+    def __getitem__(self, name: str) -> int:
+        return self._ranks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ranks)
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RankMap) and self._ranks == other._ranks
+
+    def __repr__(self) -> str:
+        return f"RankMap({self._ranks!r})"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the sorted JSON form: equal rank maps have equal digests."""
+        text = json.dumps(self._ranks, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RankSpace:
+    """All rank maps of one model: the target layers, how ranks are stored, and which ranks are allowed.
+
+    ``model_params`` counts the whole dense model, tied weights once. ``multiple`` allows only ranks that
+    are multiples of it (a layer whose largest useful rank is below it keeps that rank as its only one).
+    """
+
+    shapes: tuple[LayerShape, ...]
+    model_params: int
+    storage: Storage = "two-factor"
+    multiple: int = 1
+    _by_name: dict[str, LayerShape] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_name = {shape.name: shape for shape in self.shapes}
+        if len(by_name) != len(self.shapes):
+            raise ValueError("two target layers have the same name")
+        if self.multiple < 1:
+            raise ValueError(f"ranks must be multiples of at least 1, not {self.multiple}")
+        object.__setattr__(self, "_by_name", by_name)
+
+    def __getitem__(self, name: str) -> LayerShape:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def dense_params(self) -> int:
+        """Parameters of all target layers when dense."""
+        return sum(shape.dense_params for shape in self.shapes)
+
+    @cached_property
+    def min_params(self) -> int:
+        """Parameters of all target layers at their smallest allowed ranks."""
+        return sum(
+            shape.params(ranks[0], self.storage) if ranks else shape.dense_params
+            for shape in self.shapes
+            for ranks in [self.ranks(shape)]
+        )
+
+    def max_rank(self, shape: LayerShape) -> int:
+        """Largest allowed rank of a layer below dense; 0 if it can only be dense."""
+        return max(self.ranks(shape), default=0)
+
+    def ranks(self, shape: LayerShape) -> range:
+        """The allowed ranks of a layer, ascending, dense not among them."""
+        top = shape.max_rank(self.storage)
+        step = max(1, min(self.multiple, top))
+        return range(step, top + 1, step)
+
+    def target_params(self, rank_map: RankMap) -> int:
+        """Parameters of the target layers under ``rank_map``, in this space's storage form."""
+        return sum(shape.params(rank_map.get(shape.name), self.storage) for shape in self.shapes)
+
+    def num_params(self, rank_map: RankMap) -> int:
+        """Parameters of the whole model under ``rank_map``."""
+        return self.model_params - self.dense_params + self.target_params(rank_map)
+
+    def kept_of_targets(self, rank_map: RankMap) -> float:
+        """Kept fraction of the target layers."""
+        return self.target_params(rank_map) / self.dense_params
+
+    def kept_of_model(self, rank_map: RankMap) -> float:
+        """Kept fraction of the whole model."""
+        return self.num_params(rank_map) / self.model_params
+
+    def with_storage(self, storage: Storage) -> RankSpace:
+        """The same layers counted in another storage form."""
+        return RankSpace(self.shapes, self.model_params, storage, self.multiple)
+
+    def validate(self, rank_map: RankMap) -> None:
+        """Check that every rank belongs to a target layer and is at most its largest useful rank.
+
+        Raises:
+            RankMapError: naming the first module that does not fit.
+        """
+        for name, rank in rank_map.items():
+            shape = self._by_name.get(name)
+            if shape is None:
+                raise RankMapError(f"{name} is not a target layer of this model; make a rank map for this model")
+            top = shape.max_rank(self.storage)
+            if rank > top:
+                raise RankMapError(
+                    f"{name} has rank {rank}, but above {top} its ({shape.m}, {shape.n}) matrix is smaller dense "
+                    f"({self.storage} storage); leave it out of the rank map"
+                )

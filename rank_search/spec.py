@@ -1,0 +1,263 @@
+"""The study file: TOML checked against typed, strict models. Pure: no torch, no Optuna."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rank_search.errors import StudyFileError, StudyMismatchError
+from rank_search.ranks import Storage
+
+Method = Literal["kfac", "whitened", "asvd", "fwsvd", "svd"]
+Layers = Literal["linear", "attention", "query-value"]
+Space = Literal["multipliers", "direct"]
+Sampler = Literal["tpe", "nsga2", "gp", "random"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+PYTHON_DOCS = "python-docs"
+"""Name of the text that every Python has: the language reference in ``pydoc_data.topics``."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Table):
+    """``[model]``: which pretrained model."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """Hub id, folder, or GGUF file; a relative path is relative to the study file."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; a study stores the commit it resolves to."""
+    trust_remote_code: bool = False
+
+
+class TargetSpec(_Table):
+    """``[targets]``: which weight matrices may be factorised."""
+
+    layers: Layers = "linear"
+    share: Fraction | None = None
+    """Keep only the fewest of the selected layers that hold this share of their parameters."""
+    include: tuple[str, ...] = ()
+    """Patterns on module names to add, anywhere in the model."""
+    exclude: tuple[str, ...] = ()
+    """Patterns on module names to leave out."""
+    storage: Storage = "two-factor"
+    """Which parameter count is the objective."""
+    rank_multiple: Positive = 1
+
+
+class DataSpec(_Table):
+    """``[data]``: text, and how many blocks of it go where."""
+
+    train: Annotated[str, Field(min_length=1)] = PYTHON_DOCS
+    """Hub dataset id, file (text, JSONL, CSV or Parquet), or ``python-docs``."""
+    validation: str | None = None
+    """A source of its own; without one, validation blocks are cut from the end of ``train``."""
+    test: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    column: str = "text"
+    sequence_length: Annotated[int, Field(ge=2)] = 128
+    calibration_blocks: Positive = 64
+    train_blocks: Positive | None = None
+    """None: all that is left."""
+    validation_blocks: Positive | None = None
+    """None: all of a validation source of its own, else a tenth of ``train``."""
+    test_blocks: Positive | None = None
+
+
+class FactorSpec(_Table):
+    """``[factors]``: how the matrices are factorised."""
+
+    method: Method = "kfac"
+    damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Added to the diagonal of A and G, relative to its mean."""
+    seed: int = 0
+    """Of the labels that are sampled from the model's own output."""
+
+
+class FinetuneSpec(_Table):
+    """``[finetune]``: the short fine-tune of a trial."""
+
+    steps: Annotated[int, Field(ge=0)] = 100
+    batch_blocks: Positive = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises; it then falls by a cosine."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    train: Literal["factors", "all"] = "factors"
+    """Train the factors alone, or every parameter of the model along."""
+
+
+class SearchSpec(_Table):
+    """``[search]``: the study's space, sampler and size."""
+
+    space: Space = "multipliers"
+    sampler: Sampler = "tpe"
+    trials: Positive = 40
+    seed: int = 0
+    min_kept: Fraction = 0.3
+    max_kept: Fraction = 0.95
+    ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
+    """Kept fractions of the target layers whose closed-form and uniform rank maps are measured first."""
+    multiplier_range: Annotated[float, Field(gt=0)] = 1.0
+    """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
+
+    @field_validator("ladder", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _range(self) -> SearchSpec:
+        if self.min_kept >= self.max_kept:
+            raise ValueError(f"min_kept ({self.min_kept:g}) must be below max_kept ({self.max_kept:g})")
+        return self
+
+
+class RunSpec(_Table):
+    """``[run]``: where and how it runs; nothing here changes what a measurement means."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    work_dir: str = "work"
+    """Working folder (blocks, factor banks), relative to the study file."""
+    score_batch_blocks: Positive = 8
+    threads: Positive | None = None
+    """CPU threads; None leaves torch's default."""
+
+
+class StudySpec(_Table):
+    """A whole study file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    model: ModelSpec
+    targets: TargetSpec = TargetSpec()
+    data: DataSpec = DataSpec()
+    factors: FactorSpec = FactorSpec()
+    finetune: FinetuneSpec = FinetuneSpec()
+    search: SearchSpec = SearchSpec()
+    run: RunSpec = RunSpec()
+
+    @model_validator(mode="after")
+    def _enough_training(self) -> StudySpec:
+        if self.data.train_blocks is not None and self.data.train_blocks < self.finetune.batch_blocks:
+            raise ValueError(
+                f"data.train_blocks ({self.data.train_blocks}) must be at least finetune.batch_blocks "
+                f"({self.finetune.batch_blocks})"
+            )
+        return self
+
+    def meaning(self) -> dict[str, Any]:
+        """All that decides what a measurement means: everything but the study's size and where it runs."""
+        tables = self.model_dump(mode="json")
+        del tables["run"]
+        del tables["search"]["trials"]
+        return tables
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of :meth:`meaning`."""
+        return hashlib.sha256(json.dumps(self.meaning(), sort_keys=True).encode()).hexdigest()
+
+    def check_same_meaning(self, stored: StudySpec) -> None:
+        """Refuse to go on with a stored study under a file that means something else.
+
+        Raises:
+            StudyMismatchError: naming the first field that differs.
+        """
+        old, new = dict(_flatten(stored.meaning())), dict(_flatten(self.meaning()))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise StudyMismatchError(
+                    f"study {self.name!r} was made with {key} = {json.dumps(old.get(key))}, the file now says "
+                    f"{json.dumps(new.get(key))}; give the file a new name or restore the value"
+                )
+
+
+class StudyFile(BaseModel):
+    """A study file with the folder that its relative paths start from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: StudySpec
+    folder: Path
+
+    @property
+    def work_dir(self) -> Path:
+        """The study's working folder."""
+        return self.folder / self.spec.run.work_dir
+
+    @property
+    def default_storage(self) -> str:
+        """SQLite file beside the working folder."""
+        return f"sqlite:///{(self.folder / self.spec.name).resolve()}.db"
+
+
+def load_study_file(path: Path | str) -> StudyFile:
+    """Read and check a study file.
+
+    Raises:
+        StudyFileError: missing, not TOML, or against the schema; one line that names the field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise StudyFileError(f"study file {path}: {reason}") from None
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyFileError(f"study file {path} is not valid TOML: {error}") from None
+    return StudyFile(spec=parse_study(tables, where=f"study file {path}"), folder=path.parent)
+
+
+def parse_study(tables: dict[str, Any], *, where: str) -> StudySpec:
+    """Check the tables of a study file.
+
+    Raises:
+        StudyFileError: one line that names the first field against the schema.
+    """
+    try:
+        return StudySpec.model_validate_json(json.dumps(tables, default=str))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise StudyFileError(f"{where}: unknown key {field!r}{_nearest(first['loc'])}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in {"missing", "value_error"} else f", not {first['input']!r}"
+        raise StudyFileError(f"{where}: {field + ': ' if field else ''}{message}{given}") from None
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    table: type[BaseModel] = StudySpec
+    for part in location[:-1]:
+        annotation = table.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        table = annotation
+    names = list(table.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(names)}"
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
