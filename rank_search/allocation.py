@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rank_search.errors import BudgetError
 from rank_search.ranks import LayerShape, RankMap, RankSpace
 
 Floats = NDArray[np.float64]
@@ -91,24 +90,6 @@ class Allocator:
         self._cost: Ints = np.concatenate(cost).astype(np.int64)
         self._slope: Floats = np.concatenate(slope)
 
-    def budget(self, kept: float) -> int:
-        """Parameters of the target layers that a kept fraction allows.
-
-        Raises:
-            BudgetError: outside (0, 1], or below what the smallest ranks need.
-        """
-        if not 0 < kept <= 1:
-            raise BudgetError(f"kept fraction of the target layers must be in (0, 1], not {kept:g}")
-        # The small addend undoes binary rounding such as 0.29 * 100 = 28.999999999999996.
-        budget = int(kept * self.space.dense_params + 1e-6)
-        least = self.space.min_params
-        if budget < least:
-            raise BudgetError(
-                f"kept fraction {kept:g} of the target layers allows {budget} parameters, but their smallest ranks "
-                f"need {least}; keep at least {least / self.space.dense_params:.4g}"
-            )
-        return budget
-
     def closed_form(self, kept: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
         """The rank map of least predicted rise within the budget.
 
@@ -116,18 +97,18 @@ class Allocator:
         the walk down the hulls ends on a vertex the result is optimal among all rank maps; between them it
         differs from the optimum by less than one step of one hull.
         """
-        return self._rank_map(self._walk(self.budget(kept), self._weights(multipliers)))
+        return self._rank_map(self._walk(self.space.budget(kept), self._weights(multipliers)))
 
     def uniform(self, kept: float) -> RankMap:
         """The same kept fraction for every layer, what rounding leaves over going to the largest remainders."""
-        return self._rank_map(self._uniform(self.budget(kept)))
+        return self._rank_map(self._uniform(self.space.budget(kept)))
 
     def blend(self, kept: float, uniformity: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
         """Between the closed form (``uniformity`` 0) and uniform (1): each layer's parameters are interpolated.
 
         A shrinkage towards uniform guards against predicted rises that are off for single layers.
         """
-        budget = self.budget(kept)
+        budget = self.space.budget(kept)
         weights = self._weights(multipliers)
         if uniformity <= 0:
             return self._rank_map(self._walk(budget, weights))

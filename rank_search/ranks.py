@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from rank_search.errors import RankMapError
+from rank_search.errors import BudgetError, RankMapError
 
 Storage = Literal["two-factor", "pivoted"]
 """How a matrix of rank r is stored: two factors, r (m + n) numbers, or r kept rows and the
@@ -161,6 +161,23 @@ class RankSpace:
     def with_storage(self, storage: Storage) -> RankSpace:
         """The same layers counted in another storage form."""
         return RankSpace(self.shapes, self.model_params, storage, self.multiple)
+
+    def budget(self, kept: float) -> int:
+        """Parameters of the target layers that a kept fraction of them allows.
+
+        Raises:
+            BudgetError: outside (0, 1], or below what the smallest ranks need.
+        """
+        if not 0 < kept <= 1:
+            raise BudgetError(f"kept fraction of the target layers must be in (0, 1], not {kept:g}")
+        # The small addend undoes binary rounding such as 0.29 * 100 = 28.999999999999996.
+        budget = int(kept * self.dense_params + 1e-6)
+        if budget < self.min_params:
+            raise BudgetError(
+                f"kept fraction {kept:g} of the target layers allows {budget} parameters, but their smallest ranks "
+                f"need {self.min_params}; keep at least {self.min_params / self.dense_params:.4g}"
+            )
+        return budget
 
     def validate(self, rank_map: RankMap) -> None:
         """Check that every rank belongs to a target layer and is at most its largest useful rank.

@@ -92,6 +92,8 @@ class FinetuneSpec(_Table):
     """``[finetune]``: the short fine-tune of a trial."""
 
     steps: Annotated[int, Field(ge=0)] = 100
+    tokens: Positive | None = None
+    """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -101,6 +103,18 @@ class FinetuneSpec(_Table):
     """Largest norm of the gradient."""
     train: Literal["factors", "all"] = "factors"
     """Train the factors alone, or every parameter of the model along."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> FinetuneSpec:
+        if self.tokens is not None and "steps" in self.model_fields_set:
+            raise ValueError("give steps or tokens, not both")
+        return self
+
+    def steps_for(self, sequence_length: int) -> int:
+        """Optimiser steps of the budget, for blocks of ``sequence_length`` tokens."""
+        if self.tokens is None:
+            return self.steps
+        return -(-self.tokens // (self.batch_blocks * sequence_length))
 
 
 class SearchSpec(_Table):

@@ -1,0 +1,102 @@
+"""The low-rank layer, and putting a rank map into a model and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rank_search.errors import RankMapError
+from rank_search.factors.decompose import Factors
+from rank_search.model.targets import Target
+from rank_search.ranks import RankMap
+
+
+class LowRankLinear(nn.Module):
+    """``y = outer (inner x)`` with ``inner.weight`` (r, n) and ``outer.weight`` (m, r): two-factor storage.
+
+    Both are plain ``nn.Linear``; the bias of the dense layer stays on the outer one.
+    """
+
+    def __init__(self, inner: Float[Tensor, "rank n"], outer: Float[Tensor, "m rank"], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        rank, n = inner.shape
+        # On the meta device first: nn.Linear would draw random numbers that are thrown away at once.
+        self.inner = nn.Linear(n, rank, bias=False, device="meta")
+        self.outer = nn.Linear(rank, len(outer), bias=bias is not None, device="meta")
+        self.inner.weight = nn.Parameter(inner)
+        self.outer.weight = nn.Parameter(outer)
+        if bias is not None:
+            self.outer.bias = bias
+
+    @classmethod
+    def of(cls, factors: Factors, rank: int, target: Target) -> LowRankLinear:
+        """A copy of the first ``rank`` factors, beside the dense layer's own bias."""
+        weight, bias = target.module.weight, target.module.bias
+        assert isinstance(weight, Tensor)
+        inner = factors.inn[:rank].to(weight.device, weight.dtype, copy=True)
+        outer = factors.out[:rank].T.to(weight.device, weight.dtype, copy=True).contiguous()
+        return cls(inner, outer, bias if isinstance(bias, nn.Parameter) else None)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.inner.out_features
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Inner and outer factor, without the bias."""
+        return self.inner.weight, self.outer.weight
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Two products instead of one."""
+        result: Tensor = self.outer(self.inner(x))
+        return result
+
+    def dense(self) -> Float[Tensor, "m n"]:
+        """The matrix that the two factors stand for."""
+        return self.outer.weight.detach() @ self.inner.weight.detach()
+
+
+def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap) -> dict[str, LowRankLinear]:
+    """Put the factors of ``rank_map`` in the place of their target layers; :func:`restore` takes them out.
+
+    Raises:
+        RankMapError: naming the first module that is no target layer, or a rank that the bank does not hold.
+    """
+    by_name = {target.name: target for target in targets}
+    layers: dict[str, LowRankLinear] = {}
+    # All checks before the first replacement, so that a refused rank map changes nothing.
+    for name, rank in rank_map.items():
+        if name not in by_name:
+            raise RankMapError(f"{name} is not a target layer of this model; make a rank map for this model")
+        if rank > len(factors[name].inn):
+            raise RankMapError(f"{name} has rank {rank}, but its factor bank ends at {len(factors[name].inn)}; leave it dense")
+    for name, rank in rank_map.items():
+        layers[name] = LowRankLinear.of(factors[name], rank, by_name[name])
+    for name, layer in layers.items():
+        for parent, attribute in by_name[name].places:
+            setattr(parent, attribute, layer)
+    return layers
+
+
+def restore(targets: Sequence[Target]) -> None:
+    """Put every dense target layer back in all its places."""
+    for target in targets:
+        for parent, attribute in target.places:
+            if getattr(parent, attribute) is not target.module:
+                setattr(parent, attribute, target.module)
+
+
+@contextmanager
+def compressed(
+    targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap
+) -> Iterator[dict[str, LowRankLinear]]:
+    """The model under ``rank_map`` inside the block, the same dense model after it. Yields the low-rank layers."""
+    layers = insert(targets, factors, rank_map)
+    try:
+        yield layers
+    finally:
+        restore(targets)

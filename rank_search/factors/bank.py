@@ -1,0 +1,185 @@
+"""The factor bank: the sorted factors of every target layer, made once, on disk, sliced by every trial.
+
+One safetensors file a bank, named by its key and memory-mapped: ``<layer>.out`` (rank, m), ``<layer>.inn`` (rank, n)
+in float32 and ``<layer>.sigma`` in float64, with a JSON header that says what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rank_search.errors import BankError
+from rank_search.factors.decompose import Factors
+from rank_search.ranks import LayerShape, Storage
+from rank_search.spec import FactorSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BankKey:
+    """All that a bank's content follows from; equal keys share one file."""
+
+    revision: str | None
+    weights_digest: str
+    calibration_digest: str
+    method: str
+    damping: float
+    seed: int
+    storage: Storage
+    layers: tuple[tuple[str, int, int], ...]
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(
+        cls, revision: str | None, weights_digest: str, calibration_digest: str,
+        spec: FactorSpec, storage: Storage, shapes: Sequence[LayerShape],
+    ) -> BankKey:
+        """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
+        return cls(
+            revision, weights_digest, "" if spec.method == "svd" else calibration_digest, spec.method,
+            spec.damping, spec.seed, storage, tuple((shape.name, shape.m, shape.n) for shape in shapes),
+        )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key's JSON form."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+class FactorBank:
+    """An open bank. Tensors are views of the mapped file until they are moved to a device."""
+
+    def __init__(self, path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mapping[str, Any]) -> None:
+        self.path = path
+        self.key = key
+        self.made = made
+        self._factors = factors
+
+    def __getitem__(self, name: str) -> Factors:
+        return self._factors[name]
+
+    def tails(self) -> dict[str, NDArray[np.float64]]:
+        """Module name → predicted rise at rank 0, 1, ..., min(m, n): ``½ Σ_{i>r} σᵢ²``."""
+        return {name: _tail(factors.sigma.numpy()) for name, factors in self._factors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(f.out.nbytes + f.inn.nbytes for f in self._factors.values())
+
+    def on(self, device: torch.device) -> Mapping[str, Factors]:
+        """The factors for trials on ``device``: on a GPU with room for them they are copied there once."""
+        if device.type == "cuda" and self.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
+            return {name: Factors(f.out.to(device), f.inn.to(device), f.sigma) for name, f in self._factors.items()}
+        return self._factors
+
+
+def bank_path(folder: Path, key: BankKey) -> Path:
+    """Where the bank of ``key`` lies under a working folder."""
+    return folder / "banks" / f"{key.digest[:24]}.safetensors"
+
+
+def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
+    """The bank of ``key``, or None if it has not been made.
+
+    Raises:
+        BankError: the file is damaged, or another bank's.
+    """
+    path = bank_path(folder, key)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["bank"])
+            if header["key"] != json.loads(json.dumps(asdict(key))):
+                raise BankError(f"factor bank {path} was made from something else than its name says; delete it and run again")
+            factors = {
+                name: Factors(*(file.get_tensor(f"{name}.{part}") for part in ("out", "inn", "sigma")))
+                for name, _, _ in key.layers
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise BankError(f"factor bank {path} is damaged ({error}); delete it and run again") from error
+    return FactorBank(path, key, factors, header["made"])
+
+
+def open_or_build(
+    folder: Path, key: BankKey, build: Callable[[], Mapping[str, Factors]], made: Mapping[str, Any],
+    on_wait: Callable[[], None] = lambda: None,
+) -> FactorBank:  # fmt: skip
+    """The bank of ``key``; the first process of a host to come builds it, the others wait and then map it.
+
+    Raises:
+        BankError: it cannot be written (a full disk, say), or is damaged. No part of a bank is left behind.
+    """
+    bank = open_bank(folder, key)
+    if bank is not None:
+        return bank
+    path = bank_path(folder, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        if not _try_acquire(lock):
+            on_wait()
+            lock.acquire()
+    except OSError as error:
+        raise BankError(f"factor bank {path} cannot be written: {error.strerror or error}; choose another run.work_dir") from error
+    try:
+        bank = open_bank(folder, key)
+        if bank is None:
+            _write(path, key, build(), made)
+            bank = open_bank(folder, key)
+            assert bank is not None
+        return bank
+    finally:
+        lock.release()
+
+
+def _try_acquire(lock: FileLock) -> bool:
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mapping[str, Any]) -> None:
+    tensors = {}
+    for name, f in factors.items():
+        tensors[f"{name}.out"] = f.out.contiguous().cpu()
+        tensors[f"{name}.inn"] = f.inn.contiguous().cpu()
+        tensors[f"{name}.sigma"] = f.sigma.contiguous().cpu()
+    header = {"bank": json.dumps({"key": asdict(key), "made": dict(made)})}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise BankError(
+            f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; free space or choose another run.work_dir"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tail(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+    # Summed from the smallest up, which keeps the small tails exact.
+    return np.append(0.5 * np.cumsum(sigma[::-1] ** 2)[::-1], 0.0)

@@ -1,0 +1,157 @@
+"""Layer statistics: second moments of what goes into every target layer and of the gradients that come back.
+
+With ``W (m, n)``: ``A = E[x xᵀ]`` over the layer's inputs and ``G = E[g gᵀ]`` over the gradients of a token's loss at
+its outputs, the labels being sampled from the model's own output, so that ``G`` belongs to the true Fisher
+information and not to the empirical one (Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+approximate curvature", 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rank_search.errors import NonFiniteLossError
+from rank_search.model.device import autocast
+from rank_search.model.targets import Target
+from rank_search.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """``A`` (n, n) and ``G`` (m, m) of one target layer in float64; None where a method does not ask for it.
+
+    Layers that read the same tensor (query, key and value, say) share one ``A`` object.
+    """
+
+    A: Float64[Tensor, "n n"] | None = None
+    G: Float64[Tensor, "m m"] | None = None
+
+
+def collect_statistics(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    batch_blocks: int,
+    seed: int,
+    inputs: bool = True,
+    gradients: bool = True,
+    progress: Progress = SILENT,
+) -> dict[str, LayerStatistics]:
+    """Statistics of every target layer from one forward (and, with ``gradients``, one backward) pass.
+
+    A module that runs several times a token (a layer shared by all blocks) sums its gradients' moments over the runs,
+    as its factors are used in each of them.
+
+    Args:
+        blocks: calibration, token ids on any device.
+        seed: of the sampled labels.
+
+    Raises:
+        NonFiniteLossError: the model's output is not finite.
+    """
+    if not inputs and not gradients:
+        return {target.name: LayerStatistics() for target in targets}
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    moments = _Moments(targets, inputs, gradients)
+    tokens = 0
+    with moments.recording(), progress.step("calibration", len(blocks)) as step:
+        for batch in blocks.split(batch_blocks):
+            ids = batch.to(device, torch.long)
+            _pass(model, ids, generator, backward=gradients)
+            tokens += ids.numel()
+            step.advance(len(batch))
+    return moments.means(tokens)
+
+
+def _pass(model: PreTrainedModel, ids: Int[Tensor, "b s"], generator: torch.Generator, *, backward: bool) -> None:
+    with torch.set_grad_enabled(backward), autocast(ids.device):
+        # Weights need no gradient here; the embeddings' output is where the backward pass ends.
+        embedded = model.get_input_embeddings()(ids)
+        if backward:
+            embedded = embedded.detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+    flat = logits.flatten(0, 1).float()
+    if not bool(torch.isfinite(flat).all()):
+        raise NonFiniteLossError("the model's output on the calibration blocks is not finite")
+    if backward:
+        labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        # The sum, not the mean: G is about one token's loss.
+        F.cross_entropy(flat, labels, reduction="sum").backward()
+
+
+class _Moments:
+    """Sums of outer products, gathered by hooks."""
+
+    def __init__(self, targets: Sequence[Target], inputs: bool, gradients: bool) -> None:
+        self._targets = targets
+        self._inputs = inputs
+        self._gradients = gradients
+        self._A: dict[str, Tensor] = {}
+        self._G: dict[str, Tensor] = {}
+        self._vectors: dict[str, int] = {}
+        self._owner: dict[str, str] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        handles = [
+            target.module.register_forward_hook(
+                lambda _module, args, output, name=target.name: self._on_forward(name, args[0], output)
+            )
+            for target in self._targets
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def means(self, tokens: int) -> dict[str, LayerStatistics]:
+        return {
+            target.name: LayerStatistics(
+                self._mean_inputs(self._owner[target.name]) if self._inputs else None,
+                self._G[target.name].div_(tokens) if self._gradients else None,
+            )
+            for target in self._targets
+        }
+
+    def _mean_inputs(self, owner: str) -> Tensor:
+        vectors = self._vectors.pop(owner, 0)
+        return self._A[owner].div_(vectors) if vectors else self._A[owner]
+
+    def _on_forward(self, name: str, x: Tensor, output: Tensor) -> None:
+        if self._inputs:
+            self._add_input(name, x.detach())
+        if self._gradients:
+            output.register_hook(lambda g: _add_outer(self._G, name, g))
+
+    def _add_input(self, name: str, x: Tensor) -> None:
+        """Layers called one after the other on the same tensor share the sums of the first."""
+        shared = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape
+        owner = self._last[1] if shared and self._last is not None else name
+        owner = self._owner.setdefault(name, owner)
+        self._last = (x, owner)
+        if owner == name:
+            _add_outer(self._A, name, x)
+            self._vectors[name] = self._vectors.get(name, 0) + x.numel() // x.shape[-1]
+
+
+def _add_outer(sums: dict[str, Tensor], name: str, vectors: Float[Tensor, "*batch d"]) -> None:
+    # Products in float32, sums in float64: a float32 sum over a whole calibration would lose the small directions.
+    flat = vectors.flatten(0, -2).float()
+    product = (flat.T @ flat).double()
+    if name in sums:
+        sums[name] += product
+    else:
+        sums[name] = product

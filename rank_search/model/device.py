@@ -1,0 +1,39 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from rank_search.errors import DeviceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there.
+
+    Raises:
+        DeviceError: a GPU was asked for that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise DeviceError(f"device {name!r} was asked for, but this machine has {count} usable GPUs; use 'auto' or 'cpu'")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast on a GPU, plain float32 on a CPU."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a host clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

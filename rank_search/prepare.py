@@ -1,0 +1,117 @@
+"""From a study file to everything a trial needs: model, target layers, token blocks, factor bank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from rank_search.allocation import Allocator
+from rank_search.data.blocks import check_length
+from rank_search.data.splits import Splits, make_splits
+from rank_search.factors.bank import BankKey, FactorBank, open_or_build
+from rank_search.factors.build import BuildTimes, build_factors
+from rank_search.factors.decompose import Factors
+from rank_search.model.device import resolve_device
+from rank_search.model.load import LoadedModel, load_model
+from rank_search.model.targets import Target, find_targets, rank_space
+from rank_search.progress import SILENT, Progress
+from rank_search.ranks import RankSpace
+from rank_search.spec import StudyFile, StudySpec
+
+
+@dataclass(frozen=True)
+class PrepareTimes:
+    """Seconds of each step of :func:`prepare`; statistics, decomposition and write are 0 where the bank was found."""
+
+    load: float
+    blocks: float
+    statistics: float
+    decomposition: float
+    bank: float
+    """Of opening the bank and, where it was built, of writing it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study's model, target layers, token blocks and factor bank."""
+
+    study: StudyFile
+    loaded: LoadedModel
+    device: torch.device
+    targets: tuple[Target, ...]
+    space: RankSpace
+    splits: Splits
+    bank: FactorBank
+    built: bool
+    """The bank was made now, not found."""
+    times: PrepareTimes = field(compare=False)
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study file's tables."""
+        return self.study.spec
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model."""
+        return self.loaded.model
+
+    @cached_property
+    def allocator(self) -> Allocator:
+        """Allocations by the bank's predicted rises."""
+        return Allocator(self.space, self.bank.tails())
+
+
+def prepare(
+    study: StudyFile, *, progress: Progress = SILENT, check: Callable[[RankSpace], object] = lambda _space: None
+) -> Prepared:
+    """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
+
+    ``check`` may refuse the rank space before anything is computed or written.
+
+    Raises:
+        InputError: what the study file asks for is not there or does not fit together.
+        DecompositionError: naming the layer whose factors cannot be computed.
+        BankError: the bank cannot be written, or is damaged.
+    """
+    spec = study.spec
+    if spec.run.threads is not None:
+        torch.set_num_threads(spec.run.threads)
+    started = time.perf_counter()
+    device = resolve_device(spec.run.device)
+    with progress.step("model"):
+        loaded = load_model(spec.model, study.folder, device)
+    targets = find_targets(loaded.model, spec.targets)
+    space = rank_space(loaded.model, targets, spec.targets)
+    check(space)
+    check_length(spec.data.sequence_length, loaded.max_length)
+    loaded_at = time.perf_counter()
+    splits = make_splits(spec.data, loaded.tokenizer, study.folder, study.work_dir, progress)
+    blocks_at = time.perf_counter()
+    times = BuildTimes()
+    key = BankKey.of(
+        loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, spec.targets.storage, space.shapes
+    )
+
+    def build() -> dict[str, Factors]:
+        return build_factors(
+            loaded.model, targets, torch.from_numpy(splits.calibration.copy()), spec.factors, spec.targets.storage,
+            batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
+        )  # fmt: skip
+
+    made = {"model": spec.model.source, "device": device.type, "calibration_blocks": len(splits.calibration)}
+    bank = open_or_build(
+        study.work_dir, key, build, made, on_wait=lambda: progress.say("another process is building the factor bank; waiting")
+    )
+    return Prepared(
+        study, loaded, device, targets, space, splits, bank, times.decomposition > 0,
+        PrepareTimes(
+            loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
+            time.perf_counter() - blocks_at - times.statistics - times.decomposition,
+        ),
+    )  # fmt: skip

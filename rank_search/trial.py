@@ -1,0 +1,117 @@
+"""A trial: rank map → short fine-tune → validation loss → measurement. Knows nothing of Optuna."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from rank_search.compress.low_rank import compressed
+from rank_search.factors.decompose import Factors
+from rank_search.measurement import Fidelity, Measurement
+from rank_search.model.device import synchronize
+from rank_search.prepare import Prepared
+from rank_search.progress import SILENT, Progress
+from rank_search.ranks import RankMap
+from rank_search.score import Score, score
+from rank_search.train.finetune import finetune
+
+
+class Evaluator:
+    """Measures rank maps on one model that stays in memory; its dense weights are bit-identical after every trial."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._spec = prepared.spec
+        self._device = prepared.device
+        self._factors: Mapping[str, Factors] = prepared.bank.on(self._device)
+        self._train = torch.from_numpy(prepared.splits.train.copy()).to(self._device)
+        self._validation = torch.from_numpy(prepared.splits.validation.copy()).to(self._device)
+
+    def measure(self, rank_map: RankMap, progress: Progress = SILENT) -> Measurement:
+        """Fine-tune and score ``rank_map``; the same rank map gives the same measurement on one device.
+
+        Raises:
+            RankMapError: it does not fit the model.
+            NonFiniteLossError: the training or the validation loss is NaN or infinite.
+        """
+        self._prepared.space.validate(rank_map)
+        self._reset_peak_memory()
+        started = time.perf_counter()
+        with self.applied(rank_map, progress) as times:
+            synchronize(self._device)
+            before_score = time.perf_counter()
+            result = self._score(progress)
+            scored = time.perf_counter()
+        synchronize(self._device)
+        swap = times["swap"] + (time.perf_counter() - scored)
+        return self._measurement(rank_map, result, swap, before_score - started - times["swap"], scored - before_score)
+
+    @contextmanager
+    def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> Iterator[dict[str, float]]:
+        """The model under ``rank_map``, fine-tuned, inside the block; the dense model after it. Yields seconds by step."""
+        spec = self._spec.finetune
+        started = time.perf_counter()
+        with self._kept_if_trained(), compressed(self._prepared.targets, self._factors, rank_map) as layers:
+            synchronize(self._device)
+            times = {"swap": time.perf_counter() - started}
+            finetune(
+                self._prepared.model, list(layers.values()), self._train, spec, seed=self._spec.search.seed, progress=progress
+            )
+            yield times
+
+    def dense(self, progress: Progress = SILENT) -> Score:
+        """Validation loss of the dense model, the study's reference."""
+        return self._score(progress)
+
+    def _score(self, progress: Progress) -> Score:
+        batch = self._spec.run.score_batch_blocks
+        return score(self._prepared.model, self._validation, batch_blocks=batch, progress=progress)
+
+    def _measurement(
+        self, rank_map: RankMap, result: Score, swap: float, finetune_seconds: float, score_seconds: float
+    ) -> Measurement:
+        space = self._prepared.space
+        tuned = self._spec.finetune.steps_for(self._train.shape[1]) > 0
+        return Measurement(
+            loss=result.loss,
+            standard_error=result.standard_error,
+            num_params=space.num_params(rank_map),
+            target_params=space.target_params(rank_map),
+            kept_of_targets=space.kept_of_targets(rank_map),
+            kept_of_model=space.kept_of_model(rank_map),
+            fidelity=Fidelity.TUNED if tuned else Fidelity.SLICED,
+            tokens=result.tokens,
+            swap_seconds=swap,
+            finetune_seconds=finetune_seconds,
+            score_seconds=score_seconds,
+            peak_memory=self._peak_memory(),
+        )
+
+    @contextmanager
+    def _kept_if_trained(self) -> Iterator[None]:
+        """With ``train = "all"`` the dense parameters are trained along: keep a copy and put it back."""
+        if self._spec.finetune.train != "all":
+            yield
+            return
+        parameters = list(self._prepared.model.parameters())
+        copies: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, copy in zip(parameters, copies, strict=True):
+                    parameter.copy_(copy)
+
+    def _reset_peak_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _peak_memory(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
