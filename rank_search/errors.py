@@ -11,6 +11,7 @@
     │   ├── BudgetError             a kept fraction or parameter budget that cannot be met
     │   ├── RankMapError            a rank map that does not fit its model
     │   ├── DeviceError             a device that was asked for and is not there
+    │   ├── CheckpointError         a checkpoint folder that is in the way or cannot be written
     │   ├── StudyMismatchError      a study resumed with a file that means something else
     │   └── StorageError            database unreachable, of an unknown version, or without the study
     ├── DecompositionError          a layer whose factors could not be computed
@@ -58,6 +59,10 @@ class RankMapError(InputError):
 
 class DeviceError(InputError):
     """A device was asked for that is not there."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder is in the way, or cannot be written."""
 
 
 class StudyMismatchError(InputError):

@@ -95,7 +95,12 @@ def prepare(
     blocks_at = time.perf_counter()
     times = BuildTimes()
     key = BankKey.of(
-        loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, spec.targets.storage, space.shapes
+        loaded.revision,
+        loaded.weights_digest,
+        splits.calibration_digest,
+        spec.factors,
+        spec.targets.storage,
+        space.shapes,
     )
 
     def build() -> dict[str, Factors]:
@@ -106,7 +111,11 @@ def prepare(
 
     made = {"model": spec.model.source, "device": device.type, "calibration_blocks": len(splits.calibration)}
     bank = open_or_build(
-        study.work_dir, key, build, made, on_wait=lambda: progress.say("another process is building the factor bank; waiting")
+        study.work_dir,
+        key,
+        build,
+        made,
+        on_wait=lambda: progress.say("another process is building the factor bank; waiting"),
     )
     return Prepared(
         study, loaded, device, targets, space, splits, bank, times.decomposition > 0,

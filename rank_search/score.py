@@ -42,6 +42,8 @@ def score(
 ) -> Score:
     """Validation loss of ``model`` over ``blocks``.
 
+    The standard error is that of the blocks' mean losses, or over the tokens where there is one block only.
+
     Raises:
         NonFiniteLossError: the loss of some block is NaN or infinite.
     """
@@ -52,15 +54,17 @@ def score(
             ids = batch.to(device, torch.long)
             with autocast(device):
                 logits = model(input_ids=ids, use_cache=False).logits
-            losses.append(next_token_loss(logits, ids, "none").view(len(ids), -1).mean(1))
+            losses.append(next_token_loss(logits, ids, "none").view(len(ids), -1))
             step.advance(len(batch))
-    return _summary(torch.cat(losses).double().cpu(), blocks.shape[1] - 1)
+    return _summary(torch.cat(losses).double().cpu())
 
 
-def _summary(losses: Float64[Tensor, " blocks"], tokens_per_block: int) -> Score:
-    loss = float(losses.mean())
+def _summary(losses: Float64[Tensor, "blocks predicted"]) -> Score:
+    blocks = losses.mean(1)
+    loss = float(blocks.mean())
     if not math.isfinite(loss):
-        bad = int((~torch.isfinite(losses)).sum())
-        raise NonFiniteLossError(f"validation loss is {loss} ({bad} of {len(losses)} blocks are not finite)")
-    error = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
-    return Score(loss, error, len(losses) * tokens_per_block)
+        bad = int((~torch.isfinite(blocks)).sum())
+        raise NonFiniteLossError(f"validation loss is {loss} ({bad} of {len(blocks)} blocks are not finite)")
+    draws = blocks if len(blocks) > 1 else losses.flatten()
+    error = float(draws.std() / math.sqrt(len(draws))) if len(draws) > 1 else 0.0
+    return Score(loss, error, losses.numel())

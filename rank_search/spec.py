@@ -91,7 +91,8 @@ class FactorSpec(_Table):
 class FinetuneSpec(_Table):
     """``[finetune]``: the short fine-tune of a trial."""
 
-    steps: Annotated[int, Field(ge=0)] = 100
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Budget in optimiser steps; 100 where neither this nor ``tokens`` is given. 0: no fine-tune."""
     tokens: Positive | None = None
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
@@ -106,14 +107,14 @@ class FinetuneSpec(_Table):
 
     @model_validator(mode="after")
     def _one_budget(self) -> FinetuneSpec:
-        if self.tokens is not None and "steps" in self.model_fields_set:
+        if self.tokens is not None and self.steps is not None:
             raise ValueError("give steps or tokens, not both")
         return self
 
     def steps_for(self, sequence_length: int) -> int:
         """Optimiser steps of the budget, for blocks of ``sequence_length`` tokens."""
         if self.tokens is None:
-            return self.steps
+            return 100 if self.steps is None else self.steps
         return -(-self.tokens // (self.batch_blocks * sequence_length))
 
 

@@ -6,11 +6,12 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rank_search.compress.low_rank import compressed
+from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.decompose import Factors
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.model.device import synchronize
@@ -19,6 +20,14 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.score import Score, score
 from rank_search.train.finetune import finetune
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The low-rank layers that stand in the model now, and the seconds that putting them there took."""
+
+    layers: dict[str, LowRankLinear]
+    swap_seconds: float
 
 
 class Evaluator:
@@ -42,33 +51,35 @@ class Evaluator:
         self._prepared.space.validate(rank_map)
         self._reset_peak_memory()
         started = time.perf_counter()
-        with self.applied(rank_map, progress) as times:
+        with self.applied(rank_map, progress) as applied:
             synchronize(self._device)
-            before_score = time.perf_counter()
-            result = self._score(progress)
+            tuned = time.perf_counter()
+            result = self.score(progress)
             scored = time.perf_counter()
         synchronize(self._device)
-        swap = times["swap"] + (time.perf_counter() - scored)
-        return self._measurement(rank_map, result, swap, before_score - started - times["swap"], scored - before_score)
+        swap = applied.swap_seconds + (time.perf_counter() - scored)
+        return self._measurement(rank_map, result, swap, tuned - started - applied.swap_seconds, scored - tuned)
 
     @contextmanager
-    def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> Iterator[dict[str, float]]:
-        """The model under ``rank_map``, fine-tuned, inside the block; the dense model after it. Yields seconds by step."""
+    def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> Iterator[Applied]:
+        """The model under ``rank_map``, fine-tuned, inside the block; the dense model after it."""
         spec = self._spec.finetune
         started = time.perf_counter()
         with self._kept_if_trained(), compressed(self._prepared.targets, self._factors, rank_map) as layers:
             synchronize(self._device)
-            times = {"swap": time.perf_counter() - started}
+            applied = Applied(layers, time.perf_counter() - started)
             finetune(
-                self._prepared.model, list(layers.values()), self._train, spec, seed=self._spec.search.seed, progress=progress
+                self._prepared.model,
+                list(layers.values()),
+                self._train,
+                spec,
+                seed=self._spec.search.seed,
+                progress=progress,
             )
-            yield times
+            yield applied
 
-    def dense(self, progress: Progress = SILENT) -> Score:
-        """Validation loss of the dense model, the study's reference."""
-        return self._score(progress)
-
-    def _score(self, progress: Progress) -> Score:
+    def score(self, progress: Progress = SILENT) -> Score:
+        """Validation loss of the model as it stands: inside :meth:`applied` the compressed one, else the dense one."""
         batch = self._spec.run.score_batch_blocks
         return score(self._prepared.model, self._validation, batch_blocks=batch, progress=progress)
 

@@ -20,7 +20,9 @@ class LowRankLinear(nn.Module):
     Both are plain ``nn.Linear``; the bias of the dense layer stays on the outer one.
     """
 
-    def __init__(self, inner: Float[Tensor, "rank n"], outer: Float[Tensor, "m rank"], bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, inner: Float[Tensor, "rank n"], outer: Float[Tensor, "m rank"], bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
         rank, n = inner.shape
         # On the meta device first: nn.Linear would draw random numbers that are thrown away at once.
@@ -46,7 +48,7 @@ class LowRankLinear(nn.Module):
         return self.inner.out_features
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """Inner and outer factor, without the bias."""
         return self.inner.weight, self.outer.weight
 
@@ -73,7 +75,9 @@ def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: 
         if name not in by_name:
             raise RankMapError(f"{name} is not a target layer of this model; make a rank map for this model")
         if rank > len(factors[name].inn):
-            raise RankMapError(f"{name} has rank {rank}, but its factor bank ends at {len(factors[name].inn)}; leave it dense")
+            raise RankMapError(
+                f"{name} has rank {rank}, but its factor bank ends at {len(factors[name].inn)}; leave it dense"
+            )
     for name, rank in rank_map.items():
         layers[name] = LowRankLinear.of(factors[name], rank, by_name[name])
     for name, layer in layers.items():

@@ -45,8 +45,13 @@ class BankKey:
 
     @classmethod
     def of(
-        cls, revision: str | None, weights_digest: str, calibration_digest: str,
-        spec: FactorSpec, storage: Storage, shapes: Sequence[LayerShape],
+        cls,
+        revision: str | None,
+        weights_digest: str,
+        calibration_digest: str,
+        spec: FactorSpec,
+        storage: Storage,
+        shapes: Sequence[LayerShape],
     ) -> BankKey:
         """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
         return cls(
@@ -106,7 +111,9 @@ def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
             if header["key"] != json.loads(json.dumps(asdict(key))):
-                raise BankError(f"factor bank {path} was made from something else than its name says; delete it and run again")
+                raise BankError(
+                    f"factor bank {path} was made from something else than its name says; delete it and run again"
+                )
             factors = {
                 name: Factors(*(file.get_tensor(f"{name}.{part}") for part in ("out", "inn", "sigma")))
                 for name, _, _ in key.layers
@@ -136,7 +143,9 @@ def open_or_build(
             on_wait()
             lock.acquire()
     except OSError as error:
-        raise BankError(f"factor bank {path} cannot be written: {error.strerror or error}; choose another run.work_dir") from error
+        raise BankError(
+            f"factor bank {path} cannot be written: {error.strerror or error}; choose another run.work_dir"
+        ) from error
     try:
         bank = open_bank(folder, key)
         if bank is None:
@@ -174,7 +183,8 @@ def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mappi
     except (SafetensorError, OSError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise BankError(
-            f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; free space or choose another run.work_dir"
+            f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; "
+            "free space or choose another run.work_dir"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def decompose(name: str, W: Float[Tensor, "m n"], columns: Root, rows: Root, max
             values, V = torch.linalg.eigh(M.T @ M)
             V = V[:, -max_rank:].flip(1) if max_rank else V[:, :0]
             out, inn = (_apply_right(W, columns) @ V).T, _solve_right(V.T, columns)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # missing from __all__
         raise DecompositionError(name, f"eigenvalues of its Gram matrix did not converge ({error})") from error
     out, inn = _balanced(out, inn)
     sigma = values.clamp(min=0).sqrt().flip(0)
@@ -151,9 +151,12 @@ def _damped(S: Float64[Tensor, "d d"], damping: float) -> Float64[Tensor, "d d"]
 
 
 def _cholesky(name: str, which: str, S: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(S)
     if int(failed) or not bool(torch.isfinite(root).all()):
-        raise DecompositionError(name, f"its {which} is not positive definite; raise factors.damping or calibrate on more text")
+        raise DecompositionError(
+            name, f"its {which} is not positive definite; raise factors.damping or calibrate on more text"
+        )
     return root
 
 

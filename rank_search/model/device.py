@@ -21,7 +21,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise DeviceError(f"device {name!r} was asked for, but this machine has {count} usable GPUs; use 'auto' or 'cpu'")
+            raise DeviceError(
+                f"device {name!r} was asked for, but this machine has {count} usable GPUs; use 'auto' or 'cpu'"
+            )
         device = torch.device("cuda", device.index or 0)
     return device
 

@@ -61,17 +61,21 @@ def locate(spec: ModelSpec, folder: Path) -> ModelLocation:
     Raises:
         ModelError: looks like a path and is not there, or is neither a path nor a hub id.
     """
-    path = Path(os.path.expanduser(spec.source))
+    path = Path(spec.source).expanduser()
     path = path if path.is_absolute() else folder / path
     if path.is_dir():
         return ModelLocation(str(path), {"local_files_only": True})
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"model {spec.source!r} is a file but not GGUF; give a model folder, a .gguf file or a hub id")
+            raise ModelError(
+                f"model {spec.source!r} is a file but not GGUF; give a model folder, a .gguf file or a hub id"
+            )
         return ModelLocation(str(path.parent), {"gguf_file": path.name, "local_files_only": True})
     looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.endswith(".gguf")
     if looks_like_path or not _HUB_ID.fullmatch(spec.source):
-        raise ModelError(f"model {spec.source!r}: no such folder or file ({path}); give a model folder, a .gguf file or a hub id")
+        raise ModelError(
+            f"model {spec.source!r}: no such folder or file ({path}); give a model folder, a .gguf file or a hub id"
+        )
     return ModelLocation(spec.source, {"revision": spec.revision})
 
 
@@ -88,12 +92,13 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedMod
         # The configuration first: it is small, and its errors are about the model, not about one of its files.
         if not quantized:
             AutoConfig.from_pretrained(where.name, **arguments)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        pretrained: Any = AutoModelForCausalLM.from_pretrained(
             where.name, dtype=torch.float32, output_loading_info=True, **quantized, **arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(where.name, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"model {spec.source!r} cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(f"model {spec.source!r} cannot be loaded: {one_line(error)}") from error
+    model, info = pretrained
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -112,13 +117,13 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
         name, tensor = item
         head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
+        return hashlib.sha256(head + hashlib.sha256(data.data).digest()).digest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights, key=lambda item: item[0])))).hexdigest()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first sentence-bearing line of a library's message, which may run over many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:300] if lines else type(error).__name__

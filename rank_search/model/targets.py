@@ -133,10 +133,10 @@ def _matching(pattern: str, names: list[str], modules: list[str], key: str) -> s
     others = [name for name in modules if fnmatchcase(name, pattern)]
     if others:
         raise TargetError(
-            f"targets.{key} pattern {pattern!r} matches {others[0]}, which is no linear layer and cannot be a target layer"
+            f"targets.{key} pattern {pattern!r} matches {others[0]}, which is no linear layer; name linear layers"
         )
     raise TargetError(
-        f"targets.{key} pattern {pattern!r} matches no module of the model; see `rank-search layers MODEL` for the names"
+        f"targets.{key} pattern {pattern!r} matches no module of the model; see `rank-search layers MODEL`"
     )
 
 
@@ -148,4 +148,6 @@ def _refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:
             owners.setdefault(id(parameter), set()).add(id(module))
     for target in targets:
         if len(owners[id(target.module.weight)]) > 1:
-            raise TargetError(f"{target.name} shares its matrix with another module (tied weights) and must stay dense; exclude it")
+            raise TargetError(
+                f"{target.name} shares its matrix with another module (tied weights) and must stay dense; exclude it"
+            )

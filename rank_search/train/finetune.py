@@ -45,7 +45,9 @@ def finetune(
     steps = spec.steps_for(blocks.shape[1])
     if steps == 0:
         return FinetuneResult(())
-    trained = list(model.parameters()) if spec.train == "all" else [factor for layer in layers for factor in layer.factors]
+    trained: list[Tensor] = [factor for layer in layers for factor in layer.factors]
+    if spec.train == "all":
+        trained = list(model.parameters())
     if not trained:
         return FinetuneResult(())
     device = trained[0].device
@@ -91,7 +93,7 @@ def _batches(
 
 
 @contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_()

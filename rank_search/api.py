@@ -1,0 +1,354 @@
+"""The project from Python: each function is one of the CLI's commands, and the CLI only parses, calls and prints.
+
+A study is named by its file, or by its name in a database given as ``storage`` (any SQLAlchemy URL).
+Torch, transformers and Optuna are loaded by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rank_search.errors import BudgetError, RankMapError, StorageError
+from rank_search.export.rank_map_file import RankMapFile
+from rank_search.front import Front, FrontPoint
+from rank_search.progress import SILENT, Progress
+from rank_search.ranks import LayerShape, RankSpace
+from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, load_study_file
+
+if TYPE_CHECKING:
+    from rank_search.applying import ModelScore
+    from rank_search.prepare import Prepared
+    from rank_search.study.facts import StudyFacts
+    from rank_search.study.records import StudyRecord, StudyStatus, TrialRecord
+    from rank_search.study.store import StudyStore
+    from rank_search.worker import Outcome
+
+STORAGE_VARIABLE = "RANK_SEARCH_STORAGE"
+
+StudyLike = StudyFile | Path | str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What ``evaluate`` found: loss in nats per token with its standard error, perplexity, parameters of the model."""
+
+    loss: float
+    standard_error: float
+    perplexity: float
+    tokens: int
+    num_params: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayers:
+    """The target layers of a model, and the parameters of the whole model (tied weights once)."""
+
+    shapes: tuple[LayerShape, ...]
+    model_params: int
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """All that the database tells of a study."""
+
+    record: StudyRecord
+    front: Front
+    trials: tuple[TrialRecord, ...]
+
+    @property
+    def points(self) -> tuple[FrontPoint, ...]:
+        """Every measured trial."""
+        return tuple(
+            FrontPoint(trial.number, trial.rank_map, trial.measurement, trial.source)
+            for trial in self.trials
+            if trial.measurement is not None
+        )
+
+
+def prepare(study: StudyLike, *, progress: Progress = SILENT) -> Prepared:
+    """Load the model, cut the text into blocks, and open or build the factor bank."""
+    from rank_search.prepare import prepare as prepare_study
+
+    return prepare_study(_file(study), progress=progress)
+
+
+def run(
+    study: StudyLike,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    progress: Progress = SILENT,
+    on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
+) -> Front:
+    """Create or resume a study, prepare, search until it has ``trials`` finished trials, and return its front.
+
+    Args:
+        trials: finished trials of the whole study, those of earlier runs counted in; None takes the study file's.
+
+    Raises:
+        InputError: the study file, its model, text, device or database; nothing was searched.
+        StudyMismatchError: the study was made with a file, model or text that means something else.
+        TrialError: several trials in a row failed for the same reason.
+    """
+    file = _file(study)
+    wanted = _wanted(trials, file)
+    url = storage_url(storage, file)
+    _refuse_other_meaning(url, file)
+    from rank_search.prepare import prepare as prepare_study
+    from rank_search.study.study import Study
+    from rank_search.trial import Evaluator
+    from rank_search.worker import work
+
+    prepared = prepare_study(file, progress=progress, check=lambda space: _check_ladder(file, space))
+    opened = Study.open(file.spec, url, prepared.allocator, _facts(prepared))
+    try:
+        if opened.finished() < wanted:
+            evaluator = Evaluator(prepared)
+            if opened.dense_loss is None:
+                opened.set_dense_loss(evaluator.score(progress).loss)
+            work(opened, evaluator, wanted, progress=progress, on_outcome=on_outcome)
+        return opened.front()
+    finally:
+        opened.close()
+
+
+def allocate(
+    study: StudyLike, kept: float, *, allocation: Literal["closed form", "uniform"] = "closed form",
+    progress: Progress = SILENT,
+) -> RankMapFile:  # fmt: skip
+    """The rank map of an allocation at a kept fraction of the target layers, without a search.
+
+    Raises:
+        BudgetError: the kept fraction cannot be met.
+    """
+    from rank_search.prepare import prepare as prepare_study
+
+    prepared = prepare_study(_file(study), progress=progress, check=lambda space: space.budget(kept))
+    rule = prepared.allocator.closed_form if allocation == "closed form" else prepared.allocator.uniform
+    return RankMapFile.of(
+        rule(kept), prepared.space, prepared.spec, weights_digest=prepared.loaded.weights_digest,
+        allocation=f"{allocation} {kept:g}", revision=prepared.loaded.revision,
+        calibration_digest=prepared.splits.calibration_digest, bank_digest=prepared.bank.key.digest,
+    )  # fmt: skip
+
+
+def front(study: StudyLike, *, storage: str | None = None) -> Front:
+    """The front of a study, from its table."""
+    store, name = _store(study, storage)
+    with store:
+        return store.front(name)
+
+
+def status(study: StudyLike, *, storage: str | None = None) -> StudyStatus:
+    """How far a study is."""
+    store, name = _store(study, storage)
+    with store:
+        return store.status(name)
+
+
+def view(study: StudyLike, *, storage: str | None = None) -> StudyView:
+    """A study with its front and all its trials."""
+    store, name = _store(study, storage)
+    with store:
+        return StudyView(store.study(name), store.front(name), tuple(store.trials(name)))
+
+
+def export(
+    study: StudyLike,
+    *,
+    storage: str | None = None,
+    trial: int | None = None,
+    kept: float | None = None,
+    max_params: int | None = None,
+    max_loss: float | None = None,
+    knee: bool = False,
+) -> RankMapFile:
+    """The rank map file of one trial, chosen by exactly one of the keyword arguments.
+
+    Args:
+        trial: by its number, on the front or not.
+        kept: lowest loss among the front's points that keep at most this fraction of the target layers.
+        max_params: lowest loss among those of at most so many parameters in the whole model.
+        max_loss: fewest parameters among those of at most this validation loss, nats per token.
+        knee: the front's knee.
+
+    Raises:
+        BudgetError: no point meets the choice.
+        RankMapError: none or several choices were given.
+    """
+    choices = [trial is not None, kept is not None, max_params is not None, max_loss is not None, knee]
+    if sum(choices) != 1:
+        raise RankMapError(
+            f"choose a point by exactly one of trial, kept, max_params, max_loss or knee, not by {sum(choices)}"
+        )
+    shown = view(study, storage=storage)
+    point = _chosen(shown, trial, kept, max_params, max_loss)
+    facts, spec = shown.record.facts, shown.record.spec
+    space = RankSpace(facts.shapes, facts.model_params, spec.targets.storage, spec.targets.rank_multiple)
+    return RankMapFile.of(
+        point.rank_map, space, spec, weights_digest=facts.weights_digest,
+        allocation=f"trial {point.trial} ({point.source})", revision=facts.revision,
+        measurement=point.measurement, trial=point.trial,
+        calibration_digest=facts.calibration_digest, bank_digest=facts.bank,
+    )  # fmt: skip
+
+
+def study_folder(study: StudyLike, *, storage: str | None = None) -> Path:
+    """The folder that a study's relative paths start from."""
+    file = _existing_file(study)
+    return file.folder if file else Path(view(study, storage=storage).record.facts.folder)
+
+
+def apply(
+    rank_map_file: Path | str, out: Path | str, *, model: str | None = None, finetune: bool = True,
+    form: Literal["factored", "dense"] = "factored", dtype: str = "float32", device: str = "auto",
+    progress: Progress = SILENT,
+) -> Evaluation:  # fmt: skip
+    """Write the compressed model of a rank map file as a checkpoint folder, and return its validation loss.
+
+    The factor bank of the file's recipe is opened, or built anew. With ``finetune`` the trial's short fine-tune is
+    repeated, so that the checkpoint is the model whose loss was measured.
+
+    Args:
+        model: another place of the same weights (hub id, folder or GGUF file).
+        form: ``factored`` keeps the factors, ``dense`` multiplies them out.
+        dtype: of the stored weights: float32, bfloat16 or float16.
+
+    Raises:
+        RankMapError: the rank map is for another model; names the first module that does not fit.
+        CheckpointError: the folder is in the way or cannot be written.
+    """
+    from rank_search.applying import apply_rank_map
+
+    result = apply_rank_map(
+        Path(rank_map_file),
+        Path(out),
+        model=model,
+        finetune=finetune,
+        form=form,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    return _evaluation(result)
+
+
+def evaluate(
+    model: str, data: DataSpec, *, blocks: int | None = None, batch_blocks: int = 8, device: str = "auto",
+    revision: str | None = None, trust_remote_code: bool = False, work_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:  # fmt: skip
+    """Loss of a model or a compressed checkpoint on ``data.train``, cut into blocks of ``data.sequence_length``."""
+    from rank_search.applying import evaluate_model
+
+    spec = ModelSpec(source=model, revision=revision, trust_remote_code=trust_remote_code)
+    result = evaluate_model(
+        spec, data, blocks=blocks, batch_blocks=batch_blocks, device=device, work_dir=work_dir, progress=progress
+    )
+    return _evaluation(result)
+
+
+def layers(model: ModelSpec, targets: TargetSpec | None = None, *, progress: Progress = SILENT) -> ModelLayers:
+    """The target layers that ``targets`` selects in a model."""
+    import torch
+
+    from rank_search.model.load import load_model
+    from rank_search.model.targets import find_targets, rank_space
+
+    targets = targets or TargetSpec()
+    with progress.step("model"):
+        loaded = load_model(model, Path(), torch.device("cpu"))
+    space = rank_space(loaded.model, find_targets(loaded.model, targets), targets)
+    return ModelLayers(space.shapes, space.model_params)
+
+
+def storage_url(storage: str | None, file: StudyFile | None) -> str:
+    """``storage``, else ``RANK_SEARCH_STORAGE``, else the SQLite file beside the study's working folder."""
+    url = storage or os.environ.get(STORAGE_VARIABLE) or (file.default_storage if file else None)
+    if not url:
+        raise StorageError(
+            f"a study's name needs its database: give --storage URL or set {STORAGE_VARIABLE}, or give the study's file"
+        )
+    return url
+
+
+def _evaluation(result: ModelScore) -> Evaluation:
+    loss = result.score
+    return Evaluation(loss.loss, loss.standard_error, loss.perplexity, loss.tokens, result.num_params)
+
+
+def _file(study: StudyLike) -> StudyFile:
+    return study if isinstance(study, StudyFile) else load_study_file(study)
+
+
+def _existing_file(study: StudyLike) -> StudyFile | None:
+    """The study file, if the argument is one rather than a name in a database."""
+    if isinstance(study, StudyFile):
+        return study
+    return load_study_file(study) if Path(study).suffix == ".toml" or Path(study).is_file() else None
+
+
+def _store(study: StudyLike, storage: str | None) -> tuple[StudyStore, str]:
+    from rank_search.study.store import StudyStore
+
+    file = _existing_file(study)
+    return StudyStore(storage_url(storage, file)), file.spec.name if file else str(study)
+
+
+def _wanted(trials: int | None, file: StudyFile) -> int:
+    if trials is not None and trials < 1:
+        raise BudgetError(f"trials must be at least 1, not {trials}")
+    return file.spec.search.trials if trials is None else trials
+
+
+def _refuse_other_meaning(url: str, file: StudyFile) -> None:
+    """Say that a study cannot be resumed with this file before minutes of preparation, not after."""
+    from rank_search.study.engine import parse_url, sqlite_file
+    from rank_search.study.store import StudyStore
+
+    database = sqlite_file(parse_url(url))
+    if database is None or database.exists():
+        with StudyStore(url) as store:
+            if file.spec.name in store.studies():
+                file.spec.check_same_meaning(store.study(file.spec.name).spec)
+
+
+def _check_ladder(file: StudyFile, space: RankSpace) -> None:
+    for kept in (*file.spec.search.ladder, file.spec.search.max_kept):
+        space.budget(kept)
+
+
+def _facts(prepared: Prepared) -> StudyFacts:
+    from rank_search.study.facts import StudyFacts
+
+    return StudyFacts(
+        source=prepared.loaded.source,
+        revision=prepared.loaded.revision,
+        weights_digest=prepared.loaded.weights_digest,
+        shapes=prepared.space.shapes,
+        model_params=prepared.space.model_params,
+        calibration_digest=prepared.splits.calibration_digest,
+        bank=prepared.bank.key.digest,
+        folder=str(prepared.study.folder.resolve()),
+    )
+
+
+def _chosen(
+    shown: StudyView, trial: int | None, kept: float | None, max_params: int | None, max_loss: float | None
+) -> FrontPoint:
+    if trial is not None:
+        for point in shown.points:
+            if point.trial == trial:
+                return point
+        raise BudgetError(f"study {shown.record.name!r} has no measured trial {trial}; see `rank-search status`")
+    if kept is not None:
+        return shown.front.at_most_kept(kept)
+    if max_params is not None:
+        return shown.front.at_most_params(max_params)
+    if max_loss is not None:
+        return shown.front.at_most_loss(max_loss)
+    return shown.front.knee()

@@ -1,0 +1,208 @@
+"""Compressed models as checkpoint folders that transformers loads by itself.
+
+``factored`` keeps the two factors: the folder brings a small modelling file of its own and loads with
+``trust_remote_code=True``. Its model type is its own too, so that without that permission loading is refused rather
+than filling the missing matrices with random numbers. ``dense`` multiplies the factors out: an ordinary checkpoint of
+the original architecture, the same function at the original size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import string
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from rank_search.compress.low_rank import LowRankLinear
+from rank_search.errors import CheckpointError, ModelError
+from rank_search.model.load import LoadedModel, one_line, weights_digest
+from rank_search.model.targets import Target
+
+Form = Literal["factored", "dense"]
+_MODULE = "modeling_low_rank"
+_PREFIX = "low_rank_"
+
+
+def save_checkpoint(
+    loaded: LoadedModel, targets: Sequence[Target], layers: dict[str, LowRankLinear], out: Path, *,
+    form: Form = "factored", dtype: torch.dtype = torch.float32, extra: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write the model, whose ``targets`` are replaced by ``layers`` right now, with its tokenizer.
+
+    ``extra`` maps names of further files to their text. The folder appears complete or not at all.
+
+    Raises:
+        ModelError: the factored form of a model whose class is not transformers' own.
+        CheckpointError: the folder exists and is not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another folder or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            folder = Path(scratch) / "checkpoint"
+            if form == "dense":
+                with _multiplied_out(targets, layers):
+                    _save(loaded, folder, dtype)
+            else:
+                code, classes = _modelling_code(type(loaded.model))
+                _save(loaded, folder, dtype)
+                _describe(folder, classes, {name: layer.rank for name, layer in layers.items()})
+                (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")
+            for name, text in (extra or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            if out.exists():
+                out.rmdir()
+            folder.chmod(0o777 & ~_umask())
+            folder.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {out} cannot be written: {one_line(error)}; free space or choose another folder"
+        ) from error
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is a checkpoint in factored form."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "low_rank" in config
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> LoadedModel:
+    """Load a factored checkpoint with this package's own modelling code; the folder's code is not run.
+
+    Raises:
+        ModelError: the folder is damaged, or its architecture unknown to the installed transformers.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        base = getattr(transformers, str(config["low_rank"]["model_class"]), None)
+        if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+            raise ModelError(
+                f"checkpoint {folder}: transformers has no {config['low_rank']['model_class']}; upgrade it"
+            )
+        code, _ = _modelling_code(base)
+        with _imported(code) as module:
+            model, info = module.LowRankModel.from_pretrained(
+                folder, config=module.LowRankConfig.from_pretrained(folder), dtype=torch.float32,
+                output_loading_info=True, local_files_only=True,
+            )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"checkpoint {folder} cannot be loaded: {one_line(error)}") from error
+    if info["missing_keys"]:
+        raise ModelError(f"checkpoint {folder} lacks weights, first {min(info['missing_keys'])}; it is damaged")
+    model = model.eval().requires_grad_(False).to(device)
+    return LoadedModel(model, tokenizer, str(folder), None, weights_digest(model.state_dict().items()))
+
+
+def _save(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
+    state = {name: _cast(tensor, dtype) for name, tensor in loaded.model.state_dict().items()}
+    loaded.model.save_pretrained(folder, state_dict=state)
+    loaded.tokenizer.save_pretrained(folder)
+    config = _read_config(folder)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_config(folder, config)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _describe(folder: Path, classes: dict[str, str], ranks: dict[str, int]) -> None:
+    config = _read_config(folder)
+    config["low_rank"] = {"ranks": ranks, "storage": "two-factor", "model_class": classes["model_class"]}
+    config["model_type"] = classes["model_type"]
+    config["architectures"] = ["LowRankModel"]
+    config["auto_map"] = {"AutoConfig": f"{_MODULE}.LowRankConfig", "AutoModelForCausalLM": f"{_MODULE}.LowRankModel"}
+    _write_config(folder, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _modelling_code(model_class: type[PreTrainedModel]) -> tuple[str, dict[str, str]]:
+    """The text of the modelling file for one architecture, and the names that it was filled with."""
+    config_class = model_class.config_class
+    if getattr(transformers, model_class.__name__, None) is not model_class or config_class is None:
+        raise ModelError(
+            f"{model_class.__name__} is not a class of transformers, so a factored checkpoint could not load it; "
+            "use the dense form"
+        )
+    names = {
+        "model_class": model_class.__name__,
+        "config_class": config_class.__name__,
+        "model_type": _PREFIX + config_class.model_type,
+    }
+    template = resources.files("rank_search.compress").joinpath(f"{_MODULE}.py.tmpl").read_text(encoding="utf-8")
+    return string.Template(template).substitute(names), names
+
+
+@contextmanager
+def _imported(code: str) -> Iterator[ModuleType]:
+    """The modelling code as a module, importable by name while a model is made from it."""
+    name = f"_rank_search_{_MODULE}"
+    spec = importlib.util.spec_from_loader(name, loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        exec(compile(code, f"<{name}>", "exec"), module.__dict__)
+        yield module
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
+def _multiplied_out(targets: Sequence[Target], layers: dict[str, LowRankLinear]) -> Iterator[None]:
+    """Ordinary layers of the original kind in the place of ``layers``."""
+    replaced = [(target, layers[target.name]) for target in targets if target.name in layers]
+    try:
+        for target, layer in replaced:
+            dense = _like(target.module, layer)
+            for parent, attribute in target.places:
+                setattr(parent, attribute, dense)
+        yield
+    finally:
+        for target, layer in replaced:
+            for parent, attribute in target.places:
+                setattr(parent, attribute, layer)
+
+
+def _like(module: nn.Module, layer: LowRankLinear) -> nn.Module:
+    matrix = layer.dense()
+    transposed = not isinstance(module, nn.Linear)
+    dense = module.__class__.__new__(module.__class__)
+    nn.Module.__init__(dense)
+    dense.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith("_")})
+    dense.weight = nn.Parameter(matrix.T.contiguous() if transposed else matrix, requires_grad=False)
+    dense.register_parameter("bias", layer.outer.bias)
+    return dense
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

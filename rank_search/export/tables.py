@@ -1,0 +1,67 @@
+"""The front as rows, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+from rank_search.front import FrontPoint
+
+
+@dataclass(frozen=True, slots=True)
+class FrontRow:
+    """One point of a front, as tables show it.
+
+    ``num_params`` counts the whole model; ``loss`` and ``standard_error`` are in nats per token.
+    """
+
+    trial: int
+    source: str
+    num_params: int
+    kept_of_targets: float
+    kept_of_model: float
+    loss: float
+    standard_error: float
+    perplexity: float
+    fidelity: str
+
+
+def front_rows(points: Iterable[FrontPoint]) -> list[FrontRow]:
+    """One row a point, in their order."""
+    return [
+        FrontRow(
+            trial=point.trial,
+            source=point.source,
+            num_params=point.num_params,
+            kept_of_targets=measured.kept_of_targets,
+            kept_of_model=measured.kept_of_model,
+            loss=point.loss,
+            standard_error=measured.standard_error,
+            perplexity=measured.perplexity,
+            fidelity=measured.fidelity.label,
+        )
+        for point in points
+        for measured in [point.measurement]
+    ]
+
+
+def front_csv(points: Iterable[FrontPoint]) -> str:
+    """The rows as CSV with a heading."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(FrontRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in front_rows(points))
+    return out.getvalue()
+
+
+def front_json(points: Iterable[FrontPoint]) -> str:
+    """The rows as a JSON array of objects; a perplexity too large for a float is null."""
+    rows = [asdict(row) for row in front_rows(points)]
+    for row in rows:
+        if math.isinf(row["perplexity"]):
+            row["perplexity"] = None
+    return json.dumps(rows, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,174 @@
+"""Database engines from URLs: the one place that knows how each database must be set up. No Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.dialects import plugins
+from sqlalchemy.engine import URL, CreateEnginePlugin, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from rank_search.errors import StorageError
+
+BUSY_SECONDS = 60
+"""How long a process waits for the write lock of an SQLite file."""
+
+WRITING = {"rank_search_begin": "BEGIN IMMEDIATE"}
+"""Execution options of a transaction that may write, the default."""
+
+READ_ONLY = {"rank_search_begin": "BEGIN"}
+"""Execution options of a transaction that only reads: on SQLite it takes no write lock."""
+
+NO_TRANSACTION = {"rank_search_begin": ""}
+"""Execution options of statements that SQLite refuses inside a transaction."""
+
+_ADVICE = "check --storage or RANK_SEARCH_STORAGE"
+
+
+class _SqliteSetup(CreateEnginePlugin):
+    """Sets up every engine on an SQLite file, Optuna's too, from its first connection on.
+
+    The driver's own transactions begin as readers and turn into writers at their first write, where two of them
+    can deadlock, and Optuna's claims of waiting trials, which rely on row locks, are handed out twice. Here a
+    transaction takes the write lock when it begins, unless it is marked :data:`READ_ONLY`.
+    """
+
+    def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
+        """Takes no arguments of its own."""
+
+    def update_url(self, url: URL) -> URL:
+        return url
+
+    def engine_created(self, engine: Engine) -> None:
+        event.listen(engine, "connect", _set_pragmas)
+        event.listen(engine, "begin", _begin)
+
+
+def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
+    connection.isolation_level = None  # the driver starts no transactions of its own; _begin does
+    cursor = connection.cursor()
+    # With the write-ahead log, NORMAL may lose the last transactions at a power failure but never corrupts.
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    statement = connection.get_execution_options().get("rank_search_begin", WRITING["rank_search_begin"])
+    if statement:
+        connection.exec_driver_sql(statement)
+
+
+def _enforce_foreign_keys(connection: DBAPIConnection, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+plugins.register("rank_search_sqlite", __name__, "_SqliteSetup")
+
+
+def parse_url(text: str | URL) -> URL:
+    """A database URL in the form that the engines use; ``postgresql://`` means the psycopg driver.
+
+    Raises:
+        StorageError: not a database URL, or an SQLite database that two connections cannot share.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # The text may hold a password, so it is not repeated.
+        raise StorageError(f"the storage is not a database URL such as sqlite:///study.db; {_ADVICE}") from None
+    if url.drivername in {"postgresql", "postgres"}:
+        return url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() == "sqlite" and (url.database or "").partition(":")[0] in {"", "file"}:
+        raise StorageError(f"storage {url} is not an SQLite file; give one as sqlite:///study.db")
+    return url
+
+
+def shown(url: URL) -> str:
+    """The URL without its password."""
+    return _scrub(url.render_as_string(hide_password=True), url)
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """The file of an SQLite database, None for other databases."""
+    return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+
+
+def engine_kwargs(url: URL) -> dict[str, Any]:
+    """Arguments for ``create_engine``, the same for the project's engine and for Optuna's."""
+    if url.get_backend_name() == "sqlite":
+        return {"plugins": ["rank_search_sqlite"], "connect_args": {"timeout": BUSY_SECONDS}}
+    if url.get_backend_name() == "postgresql":
+        # In another time zone than UTC, Optuna takes fresh trials of other workers for stale ones.
+        given = url.query.get("options", "")
+        options = " ".join([*([given] if isinstance(given, str) else given), "-c timezone=UTC"]).strip()
+        connect_args: dict[str, Any] = {"options": options}
+        if "connect_timeout" not in url.query:
+            connect_args["connect_timeout"] = 15
+        return {"pool_pre_ping": True, "connect_args": connect_args}
+    return {"pool_pre_ping": True}
+
+
+def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:
+    """An engine for the project's own tables. Nothing is connected to yet.
+
+    ``must_exist`` refuses an SQLite file that is not there instead of leaving it to be made.
+
+    Raises:
+        StorageError: not a database URL, a missing driver, file or folder.
+    """
+    url = parse_url(storage)
+    file = sqlite_file(url)
+    if file is not None:
+        if must_exist and not file.is_file():
+            raise StorageError(f"there is no database {file}; {_ADVICE}, or run the study first")
+        if not file.absolute().parent.is_dir():
+            raise StorageError(f"database {file}: its folder does not exist; make the folder or {_ADVICE}")
+    try:
+        engine = create_engine(url, **engine_kwargs(url))
+    except ModuleNotFoundError as error:
+        wanted = "rank-search[postgresql]" if url.get_backend_name() == "postgresql" else error.name
+        raise StorageError(f"database {shown(url)} needs a driver; pip install '{wanted}'") from None
+    except NoSuchModuleError:
+        raise StorageError(f"database {shown(url)} is of no known kind; {_ADVICE}") from None
+    if file is not None:
+        event.listen(engine, "connect", _enforce_foreign_keys)
+    return engine
+
+
+@contextmanager
+def translated(url: URL) -> Iterator[None]:
+    """Turn the errors of SQLAlchemy and its drivers into one line without the password.
+
+    Raises:
+        StorageError: for every SQLAlchemy error inside the block.
+    """
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise storage_error(url, error) from None
+
+
+def storage_error(url: URL, error: BaseException | None) -> StorageError:
+    """One line for an error of the database, without the password."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    return StorageError(f"database {shown(url)}: {_scrub(reason, url)}; {_ADVICE}")
+
+
+def _scrub(text: str, url: URL) -> str:
+    secrets = [url.password] if url.password else []
+    for key, value in url.query.items():
+        if "passw" in key.lower():
+            secrets += [value] if isinstance(value, str) else value
+    for secret in secrets:
+        for form in {secret, quote(secret, safe=""), quote_plus(secret)}:
+            text = text.replace(form, "***") if form else text
+    return text

@@ -1,0 +1,102 @@
+"""Optuna's samplers by name, seeded trial by trial. No torch, except what Optuna's own GP sampler loads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from rank_search.errors import StudyFileError
+from rank_search.spec import SearchSpec
+
+POPULATION = 16
+"""NSGA-II's population: Optuna's 50 would leave a study of 40 trials all random."""
+
+
+def check_sampler(search: SearchSpec) -> None:
+    """Refuse a sampler that cannot work in the study's space.
+
+    Raises:
+        StudyFileError: a Gaussian process without its library, or over one whole number a layer, where its
+            coordinate search takes minutes to hours a trial.
+    """
+    if search.sampler == "gp" and search.space == "direct":
+        raise StudyFileError(
+            "search.sampler = 'gp' needs minutes to hours a trial with search.space = 'direct'; "
+            "take space = 'multipliers', or sampler = 'tpe' or 'nsga2'"
+        )
+    if search.sampler == "gp" and importlib.util.find_spec("scipy") is None:
+        raise StudyFileError("search.sampler = 'gp' needs scipy; pip install 'rank-search[gp]'")
+
+
+class SeededSampler(BaseSampler):
+    """One of Optuna's samplers, made afresh for every trial from the study's seed and the trial's number.
+
+    So a proposal depends on the seed, its number and the trials before it, and on nothing in a process's memory:
+    one worker with a fixed seed repeats a study trial by trial, a resumed study goes on as if it had not stopped
+    instead of drawing the first start's random numbers again, and no two workers ever draw the same ones.
+
+    Args:
+        search: names the sampler and the seed.
+        seeds: how many seed trials run first.
+        on_start: told the trial's number as soon as it is claimed, before anything is sampled.
+    """
+
+    def __init__(self, search: SearchSpec, seeds: int, on_start: Callable[[FrozenTrial], None]) -> None:
+        check_sampler(search)
+        self._search = search
+        self._seeds = seeds
+        self._on_start = on_start
+        self._inner = self._make(0)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Make the trial's own sampler."""
+        self._on_start(trial)
+        self._inner = self._make(trial.number)
+        self._inner.before_trial(study, trial)
+        if isinstance(self._inner, NSGAIISampler) and "fixed_params" in trial.system_attrs:
+            # Optuna gives a trial its generation when it samples for it, which it never does for a seed; without
+            # one the seeds would have no children.
+            self.sample_relative(study, trial, self.infer_relative_search_space(study, trial))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """As the sampler does."""
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As the sampler does."""
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the sampler does."""
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """As the sampler does."""
+        self._inner.after_trial(study, trial, state, values)
+
+    def _make(self, number: int) -> BaseSampler:
+        text = f"{self._search.seed}:{number}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        # The seeds alone all lie at u = 0; a few random trials show the other samplers the rest of the space.
+        startup = max(10, self._seeds + 4)
+        match self._search.sampler:
+            case "tpe":
+                # Optuna's own choice for two objectives, one parameter at a time, is many times slower.
+                return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
+            case "nsga2":
+                return NSGAIISampler(population_size=POPULATION, seed=seed)
+            case "gp":
+                return GPSampler(n_startup_trials=startup, seed=seed)
+            case "random":
+                return RandomSampler(seed=seed)

@@ -1,0 +1,116 @@
+"""The project's own tables, beside Optuna's in the same database. No Optuna.
+
+``SELECT * FROM rank_search_front WHERE study = '...'`` is enough to read a front. Changes here need a migration in
+``migrations/versions``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    BigInteger,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.mysql import LONGTEXT
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+LongText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+"""Text of any length; MySQL's own TEXT ends at 64 KiB."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time: aware in Python, UTC without a zone in the database, where not every one keeps zones."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    """All tables of the project; named constraints, so that migrations can change them on every database."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        }
+    )
+
+
+class StudyRow(Base):
+    """A study: its file, and the facts found when it was prepared."""
+
+    __tablename__ = "rank_search_studies"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    spec: Mapped[str] = mapped_column(LongText)
+    spec_digest: Mapped[str] = mapped_column(String(64))
+    facts: Mapped[str] = mapped_column(LongText)
+    dense_loss: Mapped[float | None] = mapped_column(Double)
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class TrialRow(Base):
+    """A trial: one proposed rank map with what came of it. ``number`` is Optuna's."""
+
+    __tablename__ = "rank_search_trials"
+    __table_args__ = (UniqueConstraint("study_id", "number"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str] = mapped_column(String(16))
+    source: Mapped[str] = mapped_column(String(200))
+    rank_map: Mapped[str] = mapped_column(LongText)
+    rank_map_digest: Mapped[str] = mapped_column(String(64))
+    loss: Mapped[float | None] = mapped_column(Double)
+    standard_error: Mapped[float | None] = mapped_column(Double)
+    num_params: Mapped[int | None] = mapped_column(BigInteger)
+    target_params: Mapped[int | None] = mapped_column(BigInteger)
+    kept_of_targets: Mapped[float | None] = mapped_column(Double)
+    kept_of_model: Mapped[float | None] = mapped_column(Double)
+    fidelity: Mapped[str | None] = mapped_column(String(16))
+    tokens: Mapped[int | None] = mapped_column(BigInteger)
+    swap_seconds: Mapped[float | None] = mapped_column(Double)
+    finetune_seconds: Mapped[float | None] = mapped_column(Double)
+    score_seconds: Mapped[float | None] = mapped_column(Double)
+    peak_memory: Mapped[int | None] = mapped_column(BigInteger)
+    reason: Mapped[str | None] = mapped_column(LongText)
+    worker: Mapped[str] = mapped_column(String(300))
+    started: Mapped[datetime] = mapped_column(UtcDateTime)
+    finished: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class FrontRow(Base):
+    """A point of a study's front; the rows of one study are its whole front at every moment."""
+
+    __tablename__ = "rank_search_front"
+
+    study: Mapped[str] = mapped_column(String(100), ForeignKey(StudyRow.name, ondelete="CASCADE"), primary_key=True)
+    trial: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    rank_map: Mapped[str] = mapped_column(LongText)
+    loss: Mapped[float] = mapped_column(Double)
+    perplexity: Mapped[float | None] = mapped_column(Double)
+    """None where exp(loss) overflows."""
+    num_params: Mapped[int] = mapped_column(BigInteger)
+    kept_of_targets: Mapped[float] = mapped_column(Double)
+    kept_of_model: Mapped[float] = mapped_column(Double)
+    fidelity: Mapped[str] = mapped_column(String(16))

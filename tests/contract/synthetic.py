@@ -1,0 +1,101 @@
+"""A small made-up model, its study, and what worker processes of the tests do. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import numpy as np
+
+from rank_search.allocation import Allocator
+from rank_search.measurement import Fidelity, Measurement
+from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.spec import StudySpec, parse_study
+from rank_search.study.facts import StudyFacts
+from rank_search.study.study import Proposal, Study
+
+
+def make_allocator(
+    layers: int = 3, groups: tuple[tuple[str, int, int], ...] = (("attn", 12, 12), ("mlp", 12, 20)), multiple: int = 1
+) -> Allocator:
+    """Blocks of a few layers whose predicted rises decay geometrically, each at its own pace."""
+    shapes = tuple(
+        LayerShape(f"block.{depth}.{group}", m, n, group, depth) for depth in range(layers) for group, m, n in groups
+    )
+    tails = {}
+    for index, shape in enumerate(shapes):
+        decay = 0.5 + 0.4 * (index % 5) / 5
+        energies = decay ** np.arange(min(shape.m, shape.n)) * 0.05 * (1 + index)
+        tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    return Allocator(RankSpace(shapes, 5000, multiple=multiple), tails)
+
+
+def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
+    """Facts of a study over ``allocator``."""
+    values: dict[str, Any] = {
+        "source": "models/tiny",
+        "revision": None,
+        "weights_digest": "w" * 64,
+        "shapes": allocator.space.shapes,
+        "model_params": allocator.space.model_params,
+        "calibration_digest": "c" * 64,
+        "bank": "b" * 64,
+    }
+    return StudyFacts(**{**values, **changes})
+
+
+def make_spec(name: str = "tiny", **search: Any) -> StudySpec:
+    """A study file with the given ``[search]`` table."""
+    return parse_study({"name": name, "model": {"source": "models/tiny"}, "search": search}, where="test")
+
+
+def open_study(storage: str, name: str = "tiny", **search: Any) -> Study:
+    """Open a study over the made-up model."""
+    allocator = make_allocator()
+    return Study.open(make_spec(name, **search), storage, allocator, make_facts(allocator))
+
+
+def measure(rank_map: RankMap, loss: float | None = None, fidelity: Fidelity = Fidelity.TUNED) -> Measurement:
+    """What an evaluation of ``rank_map`` would return; without a ``loss``, the predicted one."""
+    allocator = make_allocator()
+    space = allocator.space
+    return Measurement(
+        loss=3.0 + allocator.predicted_rise(rank_map) if loss is None else loss,
+        standard_error=0.01,
+        num_params=space.num_params(rank_map),
+        target_params=space.target_params(rank_map),
+        kept_of_targets=space.kept_of_targets(rank_map),
+        kept_of_model=space.kept_of_model(rank_map),
+        fidelity=fidelity,
+        tokens=1000,
+        swap_seconds=0.125,
+        finetune_seconds=2.0,
+        score_seconds=0.5,
+        peak_memory=2**33,
+    )
+
+
+def run_trials(study: Study, count: int) -> list[Proposal]:
+    """Measure ``count`` proposals."""
+    proposals = []
+    for _ in range(count):
+        proposal = study.ask()
+        study.tell(proposal, measure(proposal.rank_map))
+        proposals.append(proposal)
+    return proposals
+
+
+def worker_measures(storage: str, count: int) -> list[tuple[int, str]]:
+    """A worker process: open the study, measure ``count`` proposals, tell their numbers and sources."""
+    study = open_study(storage)
+    try:
+        return [(proposal.number, proposal.source) for proposal in run_trials(study, count)]
+    finally:
+        study.close()
+
+
+def worker_dies(storage: str, **search: Any) -> None:
+    """A worker process that is killed over its first proposal."""
+    open_study(storage, **search).ask()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,86 @@
+"""The schema: made once by any number of processes, refused when it is of an unknown version."""
+
+from __future__ import annotations
+
+from multiprocessing.context import ForkServerContext
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine, inspect, text
+
+from rank_search.errors import StorageError, StudyMismatchError
+from rank_search.study.engine import make_engine
+from rank_search.study.schema import VERSION_TABLE, ensure_schema
+from rank_search.study.store import StudyStore
+from rank_search.study.tables import Base
+from tests.contract.synthetic import open_study, worker_measures
+
+
+def test_eight_processes_on_an_empty_database_make_one_study(
+    empty_storage: str, processes: ForkServerContext
+) -> None:
+    with processes.Pool(8) as pool:
+        results = pool.starmap(worker_measures, [(empty_storage, 2)] * 8, chunksize=1)
+    done = sorted(pair for result in results for pair in result)
+    assert [number for number, _ in done] == list(range(16))
+    seeds = [f"{kind} {kept}" for kept in (0.9, 0.8, 0.6, 0.4) for kind in ("closed form", "uniform")]
+    assert [source for _, source in done] == seeds + ["tpe"] * 8
+    with StudyStore(empty_storage) as store:
+        assert store.studies() == ["tiny"]
+        assert store.finished("tiny") == 16
+        assert store.front("tiny") == store.recompute_front("tiny")
+
+
+def test_migrations_make_the_declared_tables(storage: str) -> None:
+    engine = make_engine(storage)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"include_name": lambda name, kind, _: kind != "table" or name in Base.metadata.tables}
+        )
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_optuna_and_the_project_keep_separate_versions(storage: str) -> None:
+    engine = make_engine(storage)
+    tables = set(inspect(engine).get_table_names())
+    engine.dispose()
+    assert {"alembic_version", VERSION_TABLE, "studies", "rank_search_studies"} <= tables
+
+
+def test_a_newer_database_is_refused_and_left_alone(storage: str) -> None:
+    _execute(storage, f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+    with pytest.raises(StorageError, match="schema version 9999, newer than .* upgrade rank-search"):
+        StudyStore(storage)
+    engine = make_engine(storage)
+    with pytest.raises(StorageError, match="upgrade rank-search"):
+        ensure_schema(engine)
+    with engine.connect() as connection:
+        assert connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}")) == "9999"
+    engine.dispose()
+
+
+def test_reading_a_database_without_studies_makes_no_tables(empty_storage: str) -> None:
+    _execute(empty_storage, "CREATE TABLE other (id INTEGER)")
+    with pytest.raises(StorageError, match="holds no rank-search study"):
+        StudyStore(empty_storage)
+    engine = make_engine(empty_storage)
+    assert inspect(engine).get_table_names() == ["other"]
+    engine.dispose()
+
+
+def test_a_study_of_optuna_alone_is_not_taken_over(storage: str) -> None:
+    open_study(storage, "mine").close()
+    _execute(storage, "INSERT INTO studies (study_name) VALUES ('theirs')")
+    with pytest.raises(StudyMismatchError, match="rank-search did not make"):
+        open_study(storage, "theirs")
+    with StudyStore(storage) as store:
+        assert store.studies() == ["mine"]
+
+
+def _execute(storage: str, statement: str) -> None:
+    engine = create_engine(storage.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+    engine.dispose()

@@ -1,0 +1,184 @@
+"""Studies over a database: resume, seeds, determinism, and the death of workers."""
+
+from __future__ import annotations
+
+from multiprocessing.context import ForkServerContext
+
+import optuna
+import pytest
+from sqlalchemy.engine import make_url
+
+from rank_search.errors import StudyMismatchError
+from rank_search.study.records import State
+from rank_search.study.store import StudyStore
+from rank_search.study.study import MAX_REQUEUES, Study
+from tests.contract.synthetic import (
+    make_allocator,
+    make_facts,
+    make_spec,
+    measure,
+    open_study,
+    run_trials,
+    worker_dies,
+    worker_measures,
+)
+
+LADDER = {"ladder": [0.8, 0.5]}
+SEEDS = ["closed form 0.8", "uniform 0.8", "closed form 0.5", "uniform 0.5"]
+
+
+def test_seeds_run_first_and_once(storage: str) -> None:
+    allocator = make_allocator()
+    study = open_study(storage, **LADDER)
+    first = run_trials(study, 2)
+    study.close()
+    study = open_study(storage, **LADDER)
+    proposals = first + run_trials(study, 4)
+    study.close()
+    assert [proposal.source for proposal in proposals] == [*SEEDS, "tpe", "tpe"]
+    wanted = [
+        rank_map for kept in (0.8, 0.5) for rank_map in (allocator.closed_form(kept), allocator.uniform(kept))
+    ]
+    assert [proposal.rank_map for proposal in proposals[:4]] == wanted
+
+
+def test_the_front_is_stored_with_the_trials(storage: str) -> None:
+    study = open_study(storage)
+    run_trials(study, 12)
+    with StudyStore(storage) as store:
+        assert study.front() == store.recompute_front("tiny")
+        assert study.finished() == len(store.trials("tiny")) == 12
+    study.close()
+
+
+def test_a_changed_meaning_is_refused_naming_the_field(storage: str) -> None:
+    open_study(storage).close()
+    with pytest.raises(StudyMismatchError, match=r"search\.multiplier_range = 1\.0, the file now says 2\.0"):
+        open_study(storage, multiplier_range=2.0)
+    with pytest.raises(StudyMismatchError, match="weights_digest"):
+        reopen(storage, weights_digest="x" * 64)
+    with pytest.raises(StudyMismatchError, match="shapes"):
+        reopen(storage, shapes=make_allocator().space.shapes[1:])
+
+
+def test_another_size_or_place_is_no_other_study(storage: str) -> None:
+    open_study(storage).close()
+    open_study(storage, trials=80).close()
+    reopen(storage, source="elsewhere/tiny").close()
+    with StudyStore(storage) as store:
+        assert store.status("tiny").wanted == 40  # what the last opening asked for
+
+
+def test_a_resumed_study_goes_on_as_if_it_had_not_stopped(storage: str) -> None:
+    whole = open_study(storage, "whole", **LADDER)
+    straight = run_trials(whole, 15)
+    whole.close()
+    stopped = []
+    for count in (6, 5, 4):
+        study = open_study(storage, "parts", **LADDER)
+        stopped += run_trials(study, count)
+        study.close()
+    assert [p.rank_map for p in stopped] == [p.rank_map for p in straight]
+    assert len({p.rank_map for p in straight[4:]}) > 8
+
+
+def test_an_interrupted_proposal_is_proposed_again_and_does_not_count(storage: str) -> None:
+    study = open_study(storage, **LADDER)
+    interrupted = study.ask()
+    study.requeue(interrupted)
+    study.requeue(interrupted)
+    proposals = run_trials(study, 5)
+    again = proposals[3]
+    assert (again.rank_map, again.source) == (interrupted.rank_map, interrupted.source)
+    assert [p.source for p in proposals].count(interrupted.source) == 1
+    assert study.finished() == 5
+    study.close()
+
+
+def test_a_measurement_that_optuna_was_not_told_is_told_at_the_next_opening(storage: str) -> None:
+    study = open_study(storage, **LADDER)
+    first, second = study.ask(), study.ask()
+    study.close()
+    with StudyStore(storage) as store:
+        store.complete_trial("tiny", first.number, measure(first.rank_map))
+        store.fail_trial("tiny", second.number, "no memory")
+    study = open_study(storage, **LADDER)
+    study.tell(first, measure(first.rank_map))
+    study.close()
+    told, failed = optuna_trials(storage)[:2]
+    measurement = measure(first.rank_map)
+    assert told.values == [measurement.loss, float(measurement.num_params)]
+    assert told.user_attrs["kept_of_targets"] == measurement.kept_of_targets
+    assert failed.state == optuna.trial.TrialState.FAIL
+    assert failed.user_attrs["reason"] == "no memory"
+
+
+def test_the_trial_of_a_dead_worker_is_proposed_again_exactly_once(
+    storage: str, processes: ForkServerContext
+) -> None:
+    open_study(storage).close()
+    kill_worker(storage, processes)
+    with processes.Pool(4) as pool:
+        results = pool.starmap(worker_measures, [(storage, 3)] * 4, chunksize=1)
+    sources = [source for result in results for _, source in result]
+    assert sources.count("closed form 0.9") == 1
+    assert len(set(sources) - {"tpe"}) == 8
+    with StudyStore(storage) as store:
+        states = [trial.state for trial in store.trials("tiny")]
+        assert states[0] is State.REQUEUED
+        assert set(states[1:]) == {State.COMPLETE}
+        assert store.finished("tiny") == 12
+
+
+def test_a_trial_that_kills_its_workers_fails(storage: str, processes: ForkServerContext) -> None:
+    study = open_study(storage, ladder=[0.5])
+    held = study.ask(), study.ask()  # the other seed stays with a living worker
+    study.requeue(held[0])
+    for _ in range(MAX_REQUEUES + 1):
+        process = processes.Process(target=die_over_ladder, args=(storage,))
+        process.start()
+        process.join()
+    study.reconcile()
+    with StudyStore(storage) as store:
+        trials = store.trials("tiny")
+    study.close()
+    assert [t.state for t in trials if t.source == "closed form 0.5"] == [State.REQUEUED] * 4 + [State.FAILED]
+    assert "died 4 times" in (trials[-1].reason or "")
+    assert trials[1].state is State.RUNNING
+
+
+def test_the_trial_of_a_living_worker_is_left_alone(storage: str) -> None:
+    study = open_study(storage, **LADDER)
+    proposal = study.ask()
+    other = open_study(storage, **LADDER)
+    assert other.ask().source == SEEDS[1]
+    other.close()
+    study.tell(proposal, measure(proposal.rank_map))
+    assert study.finished() == 1
+    study.close()
+
+
+def reopen(storage: str, **facts: object) -> Study:
+    allocator = make_allocator()
+    return Study.open(make_spec(), storage, allocator, make_facts(allocator, **facts))
+
+
+def kill_worker(storage: str, processes: ForkServerContext) -> None:
+    process = processes.Process(target=worker_dies, args=(storage,))
+    process.start()
+    process.join()
+
+
+def die_over_ladder(storage: str) -> None:
+    worker_dies(storage, ladder=[0.5])
+
+
+def optuna_trials(storage: str) -> list[optuna.trial.FrozenTrial]:
+    url = make_url(storage)
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    rdb = optuna.storages.RDBStorage(url.render_as_string(hide_password=False))
+    trials = optuna.load_study(study_name="tiny", storage=rdb).get_trials()
+    rdb.remove_session()
+    rdb.engine.dispose()
+    return trials
