@@ -104,7 +104,7 @@ def run(
     from rank_search.worker import work
 
     prepared = prepare_study(file, progress=progress, check=lambda space: _check_ladder(file, space))
-    opened = Study.open(file.spec, url, prepared.allocator, _facts(prepared))
+    opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared))
     try:
         if opened.finished() < wanted:
             evaluator = Evaluator(prepared)
@@ -322,7 +322,8 @@ def _check_ladder(file: StudyFile, space: RankSpace) -> None:
         space.budget(kept)
 
 
-def _facts(prepared: Prepared) -> StudyFacts:
+def facts_of(prepared: Prepared) -> StudyFacts:
+    """What the database keeps of a prepared study."""
     from rank_search.study.facts import StudyFacts
 
     return StudyFacts(

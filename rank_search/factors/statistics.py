@@ -149,8 +149,10 @@ class _Moments:
 
 def _add_outer(sums: dict[str, Tensor], name: str, vectors: Float[Tensor, "*batch d"]) -> None:
     # Products in float32, sums in float64: a float32 sum over a whole calibration would lose the small directions.
-    flat = vectors.flatten(0, -2).float()
-    product = (flat.T @ flat).double()
+    # Hooks run under the forward pass's autocast, which would make the product bf16.
+    with torch.autocast(vectors.device.type, enabled=False):
+        flat = vectors.flatten(0, -2).float()
+        product = (flat.T @ flat).double()
     if name in sums:
         sums[name] += product
     else:

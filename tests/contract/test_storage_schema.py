@@ -14,12 +14,11 @@ from rank_search.study.engine import make_engine
 from rank_search.study.schema import VERSION_TABLE, ensure_schema
 from rank_search.study.store import StudyStore
 from rank_search.study.tables import Base
+from tests.contract.conftest import Postgres
 from tests.contract.synthetic import open_study, worker_measures
 
 
-def test_eight_processes_on_an_empty_database_make_one_study(
-    empty_storage: str, processes: ForkServerContext
-) -> None:
+def test_eight_processes_on_an_empty_database_make_one_study(empty_storage: str, processes: ForkServerContext) -> None:
     with processes.Pool(8) as pool:
         results = pool.starmap(worker_measures, [(empty_storage, 2)] * 8, chunksize=1)
     done = sorted(pair for result in results for pair in result)
@@ -49,9 +48,19 @@ def test_optuna_and_the_project_keep_separate_versions(storage: str) -> None:
     assert {"alembic_version", VERSION_TABLE, "studies", "rank_search_studies"} <= tables
 
 
+def test_sessions_are_in_utc_wherever_the_worker_is(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGTZ", "Asia/Tokyo")
+    with postgres.database(with_schema=False) as url:
+        engine = make_engine(url)
+        for _ in range(2):  # the setting outlives a transaction
+            with engine.connect() as connection:
+                assert connection.scalar(text("SHOW timezone")) == "UTC"
+        engine.dispose()
+
+
 def test_a_newer_database_is_refused_and_left_alone(storage: str) -> None:
     _execute(storage, f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
-    with pytest.raises(StorageError, match="schema version 9999, newer than .* upgrade rank-search"):
+    with pytest.raises(StorageError, match=r"schema version 9999, newer than .* upgrade rank-search"):
         StudyStore(storage)
     engine = make_engine(storage)
     with pytest.raises(StorageError, match="upgrade rank-search"):

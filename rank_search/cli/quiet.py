@@ -1,0 +1,27 @@
+"""Other libraries' own bars and log lines, which would break into the CLI's."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def quiet_libraries() -> None:
+    """Keep transformers, the hub's client, datasets and Optuna from writing to the terminal. Warnings stay.
+
+    Loads transformers, so only commands that need it anyway call this. A library whose switch is an environment
+    variable is not loaded for it.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Optuna sets its level back to INFO when it is loaded, so a filter on its messages it is.
+    logging.getLogger("optuna").addFilter(_at_least_warning)
+
+
+def _at_least_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

@@ -1,0 +1,53 @@
+"""What the benchmarks share: the machine they ran on, peak memory, tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from rank_search.spec import StudyFile
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Hardware and versions that a figure belongs to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "optuna": optuna.__version__,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on the accelerator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def with_work_dir(study: StudyFile, folder: Path) -> StudyFile:
+    """The same study with another working folder."""
+    run = study.spec.run.model_copy(update={"work_dir": str(folder)})
+    return StudyFile(spec=study.spec.model_copy(update={"run": run}), folder=study.folder)
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows of equal keys as a table."""
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=200).print(table)
