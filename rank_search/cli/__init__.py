@@ -9,6 +9,14 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
+
+from typer import BadParameter
+from typer.core import TyperArgument, TyperOption
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from rank_search.errors import RankSearchError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -23,11 +31,7 @@ def main() -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command line, without the program's name, and return its exit code."""
-    from typer.exceptions import TyperException
-    from typer.main import get_command
-
     from rank_search.cli.commands import app
-    from rank_search.errors import RankSearchError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -43,7 +43,8 @@ def run(
     """Create or resume a study: prepare, search, print the front."""
     file = load_study_file(study)
     quiet_libraries()
-    typer.echo(f"study {file.spec.name}, {file.spec.search.trials if trials is None else trials} trials")
+    wanted = file.spec.search.trials if trials is None else trials
+    typer.echo(f"study {file.spec.name}, {wanted} {'trial' if wanted == 1 else 'trials'} wanted")
     with TerminalProgress() as progress:
         search = _Search(file, storage, trials, progress)
         api.run(file, storage=storage, trials=trials, progress=progress, on_outcome=search.finished)

@@ -56,7 +56,8 @@ def make_model(folder: Path, hidden: int) -> Path:
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -80,8 +81,8 @@ def make_study(tiny_model_folder: Path) -> MakeStudy:
     """Writes a study of seconds into a folder; ``table__key=value`` changes a key, None takes it out."""
 
     def make(folder: Path, **changes: Any) -> Path:
-        words = random.Random(0).choices("low rank maps keep what layers need and leave the rest out".split(), k=1200)
-        (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
+        words = " ".join(random.Random(0).choices(("low", "rank", "maps", "keep", "what", "layers", "need"), k=1200))
+        (folder / "text.txt").write_text(words, encoding="utf-8")
         tables: dict[str, dict[str, Any]] = {
             "model": {"source": str(tiny_model_folder)},
             "targets": {},

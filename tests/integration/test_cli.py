@@ -228,14 +228,27 @@ def test_apply_writes_the_measured_model(study: Path, tmp_path: Path, form: str)
         "evaluate", folder, "--data", study.parent / "text.txt", "--sequence-length", "32", "--device", "cpu", "--json"
     )
     found = json.loads(scored.out)
-    dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(api.view(study).record.spec.model.source).parameters())
+    dense = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(api.view(study).record.spec.model.source).parameters()
+    )
     assert found["num_params"] == (measured.num_params if form == "factored" else dense)
     assert found["tokens"] > 0
 
 
 def test_evaluate_prints_loss_and_parameters(study: Path, tiny_model_folder: Path) -> None:
     text = study.parent / "text.txt"
-    arguments = ("evaluate", tiny_model_folder, "--data", text, "--sequence-length", "32", "--blocks", "4", "--device", "cpu")
+    arguments = (
+        "evaluate",
+        tiny_model_folder,
+        "--data",
+        text,
+        "--sequence-length",
+        "32",
+        "--blocks",
+        "4",
+        "--device",
+        "cpu",
+    )
     printed, found = rank_search(*arguments).out, json.loads(rank_search(*arguments, "--json").out)
     assert found["tokens"] == 4 * 31
     assert f"loss {found['loss']:.4f} ± {found['standard_error']:.4f}" in printed
@@ -291,7 +304,8 @@ def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3599, "59 min 59 s"), (7620, "2 h 07 min")]
+    ("seconds", "shown"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3599, "59 min 59 s"), (7620, "2 h 07 min")],
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
