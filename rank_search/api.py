@@ -21,7 +21,7 @@ from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, load_st
 
 if TYPE_CHECKING:
     from rank_search.applying import ModelScore
-    from rank_search.prepare import Prepared
+    from rank_search.preparing import Prepared
     from rank_search.study.facts import StudyFacts
     from rank_search.study.records import StudyRecord, StudyStatus, TrialRecord
     from rank_search.study.store import StudyStore
@@ -71,7 +71,7 @@ class StudyView:
 
 def prepare(study: StudyLike, *, progress: Progress = SILENT) -> Prepared:
     """Load the model, cut the text into blocks, and open or build the factor bank."""
-    from rank_search.prepare import prepare as prepare_study
+    from rank_search.preparing import prepare as prepare_study
 
     return prepare_study(_file(study), progress=progress)
 
@@ -98,7 +98,7 @@ def run(
     wanted = _wanted(trials, file)
     url = storage_url(storage, file)
     _refuse_other_meaning(url, file)
-    from rank_search.prepare import prepare as prepare_study
+    from rank_search.preparing import prepare as prepare_study
     from rank_search.study.study import Study
     from rank_search.trial import Evaluator
     from rank_search.worker import work
@@ -125,7 +125,7 @@ def allocate(
     Raises:
         BudgetError: the kept fraction cannot be met.
     """
-    from rank_search.prepare import prepare as prepare_study
+    from rank_search.preparing import prepare as prepare_study
 
     prepared = prepare_study(_file(study), progress=progress, check=lambda space: space.budget(kept))
     rule = prepared.allocator.closed_form if allocation == "closed form" else prepared.allocator.uniform
@@ -306,15 +306,12 @@ def _wanted(trials: int | None, file: StudyFile) -> int:
 
 
 def _refuse_other_meaning(url: str, file: StudyFile) -> None:
-    """Say that a study cannot be resumed with this file before minutes of preparation, not after."""
-    from rank_search.study.engine import parse_url, sqlite_file
-    from rank_search.study.store import StudyStore
+    """Say before minutes of preparation, not after, that a study cannot be resumed or its database not be reached."""
+    from rank_search.study.store import find_study
 
-    database = sqlite_file(parse_url(url))
-    if database is None or database.exists():
-        with StudyStore(url) as store:
-            if file.spec.name in store.studies():
-                file.spec.check_same_meaning(store.study(file.spec.name).spec)
+    stored = find_study(url, file.spec.name)
+    if stored is not None:
+        file.spec.check_same_meaning(stored.spec)
 
 
 def _check_ladder(file: StudyFile, space: RankSpace) -> None:

@@ -17,7 +17,7 @@ from rank_search.errors import RankMapError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
-from rank_search.prepare import prepare
+from rank_search.preparing import prepare
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.score import Score, score

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rank_search.errors import NonFiniteLossError
-from rank_search.model.device import autocast
+from rank_search.model.device import autocast, deterministic
 from rank_search.progress import SILENT, Progress
 
 
@@ -49,7 +49,7 @@ def score(
     """
     device = next(model.parameters()).device
     losses: list[Tensor] = []
-    with progress.step("scoring", len(blocks)) as step:
+    with deterministic(device), progress.step("scoring", len(blocks)) as step:
         for batch in blocks.split(batch_blocks):
             ids = batch.to(device, torch.long)
             with autocast(device):

@@ -129,7 +129,7 @@ class SearchSpec(_Table):
     max_kept: Fraction = 0.95
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
     """Kept fractions of the target layers whose closed-form and uniform rank maps are measured first."""
-    multiplier_range: Annotated[float, Field(gt=0)] = 1.0
+    multiplier_range: Annotated[float, Field(gt=0)] = 0.5
     """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
 
     @field_validator("ladder", mode="before")

@@ -15,7 +15,7 @@ from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.decompose import Factors
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.model.device import synchronize
-from rank_search.prepare import Prepared
+from rank_search.preparing import Prepared
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.score import Score, score

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from _bench import environment, peak_memory, print_table, with_work_dir
 
-from rank_search.prepare import Prepared, prepare
+from rank_search.preparing import Prepared, prepare
 from rank_search.spec import load_study_file
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from _bench import environment, peak_memory, print_table
 
 from rank_search.api import facts_of
-from rank_search.prepare import prepare
+from rank_search.preparing import prepare
 from rank_search.spec import load_study_file
 from rank_search.study.study import Study
 from rank_search.trial import Evaluator

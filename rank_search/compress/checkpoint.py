@@ -14,7 +14,7 @@ import os
 import string
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -57,10 +57,12 @@ def save_checkpoint(
             folder = Path(scratch) / "checkpoint"
             if form == "dense":
                 with _multiplied_out(targets, layers):
-                    _save(loaded, folder, dtype)
+                    _save(loaded, folder, dtype, original_names=True)
             else:
                 code, classes = _modelling_code(type(loaded.model))
-                _save(loaded, folder, dtype)
+                # Some families' files use other names than their modules, translated by model type: ours has no such
+                # translation.
+                _save(loaded, folder, dtype, original_names=False)
                 _describe(folder, classes, {name: layer.rank for name, layer in layers.items()})
                 (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")
             for name, text in (extra or {}).items():
@@ -112,17 +114,23 @@ def load_checkpoint(folder: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(model, tokenizer, str(folder), None, weights_digest(model.state_dict().items()))
 
 
-def _save(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
-    state = {name: _cast(tensor, dtype) for name, tensor in loaded.model.state_dict().items()}
-    loaded.model.save_pretrained(folder, state_dict=state)
+def _save(loaded: LoadedModel, folder: Path, dtype: torch.dtype, *, original_names: bool) -> None:
+    state = _cast(loaded.model.state_dict(), dtype)
+    loaded.model.save_pretrained(folder, state_dict=state, save_original_format=original_names)
     loaded.tokenizer.save_pretrained(folder)
     config = _read_config(folder)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_config(folder, config)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same tensors in ``dtype``; names that share a tensor (tied weights) go on sharing one."""
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in state.values():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in cast:
+            cast[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def _describe(folder: Path, classes: dict[str, str], ranks: dict[str, int]) -> None:

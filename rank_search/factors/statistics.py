@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rank_search.errors import NonFiniteLossError
-from rank_search.model.device import autocast
+from rank_search.model.device import autocast, deterministic
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 
@@ -64,7 +64,7 @@ def collect_statistics(
     generator = torch.Generator(device).manual_seed(seed)
     moments = _Moments(targets, inputs, gradients)
     tokens = 0
-    with moments.recording(), progress.step("calibration", len(blocks)) as step:
+    with deterministic(device), moments.recording(), progress.step("calibration", len(blocks)) as step:
         for batch in blocks.split(batch_blocks):
             ids = batch.to(device, torch.long)
             _pass(model, ids, generator, backward=gradients)

@@ -81,8 +81,9 @@ def rank_space(model: nn.Module, targets: Sequence[Target], spec: TargetSpec) ->
 
 def _candidates(model: nn.Module) -> Iterator[Target]:
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, parent in model.named_modules():
-        for attribute, child in parent.named_children():
+    for parent in model.modules():
+        # Not named_children, which names a module that stands twice in one parent only once.
+        for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
     linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     stacks = {_INDEX.split(name, maxsplit=1)[0] for name, _ in linear if _INDEX.search(name)}

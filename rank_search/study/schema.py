@@ -54,6 +54,19 @@ def ensure_schema(engine: Engine) -> None:
                 command.upgrade(_config(connection), "head")
 
 
+def has_schema(engine: Engine) -> bool:
+    """Whether the project's tables are there, of whatever version; writes nothing.
+
+    Raises:
+        StorageError: the database cannot be reached.
+    """
+    file = sqlite_file(engine.url)
+    if file is not None and not file.is_file():
+        return False
+    with translated(engine.url):
+        return _version(engine) is not None
+
+
 def check_schema(engine: Engine) -> None:
     """Refuse, without writing, a database that this version of rank-search cannot read.
 

@@ -78,8 +78,9 @@ class MultiplierSpace:
     """The budget, and multipliers u by layer type and depth around the closed form.
 
     ``kept`` is the kept fraction of the target layers and ``uniformity`` goes from the closed form (0) to uniform
-    (1). A layer's predicted rise is scaled by exp(u) before allocation; its u is the sum of ``u.<group>`` of its
-    layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the Legendre polynomials P1(x) = x and
+    (1); its cube is what rank maps are blended by, so that half of all proposals lie within an eighth of the way from
+    the closed form, which is the far better end. A layer's predicted rise is scaled by exp(u) before allocation; its
+    u is the sum of ``u.<group>`` of its layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the Legendre polynomials P1(x) = x and
     P2(x) = (3x² - 1) / 2 of its depth x, scaled to [-1, 1] over the model. Terms that would scale all layers alike
     change nothing and are left out: a single layer type's, the linear one at a single depth, the quadratic one at
     fewer than three.
@@ -110,7 +111,7 @@ class MultiplierSpace:
     def decode(self, params: Mapping[str, float]) -> RankMap:
         """Allocate the budget under the multipliers."""
         multipliers = {shape.name: self._multiplier(shape, params) for shape in self._allocator.space.shapes}
-        return self._allocator.blend(params["kept"], params["uniformity"], multipliers)
+        return self._allocator.blend(params["kept"], params["uniformity"] ** 3, multipliers)
 
     def encode(self, seed: Seed) -> Params:
         """All multipliers zero: exactly the seed's rank map."""

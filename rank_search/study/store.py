@@ -23,8 +23,24 @@ from rank_search.spec import StudySpec, parse_study
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
 from rank_search.study.facts import StudyFacts
 from rank_search.study.records import State, StudyRecord, StudyStatus, TrialRecord
-from rank_search.study.schema import check_schema
+from rank_search.study.schema import check_schema, has_schema
 from rank_search.study.tables import FrontRow, StudyRow, TrialRow
+
+
+def find_study(storage: str | URL, name: str) -> StudyRecord | None:
+    """A stored study; None where the database holds none of that name, or is only to be made.
+
+    Raises:
+        StorageError: the database cannot be reached, or is of another version. Nothing is made or changed.
+    """
+    engine = make_engine(storage)
+    try:
+        if not has_schema(engine):
+            return None
+    finally:
+        engine.dispose()
+    with StudyStore(storage) as store:
+        return store.study(name) if name in store.studies() else None
 
 
 class StudyStore:
@@ -307,10 +323,7 @@ def _from_json(text: str) -> RankMap:
 
 def _spec_json(spec: StudySpec) -> str:
     """The whole file with its defaults, so that later versions read what this one meant."""
-    tables = spec.model_dump(mode="json")
-    if spec.finetune.tokens is not None:
-        del tables["finetune"]["steps"]  # a file gives one of the two
-    return json.dumps(tables)
+    return json.dumps(spec.model_dump(mode="json"))
 
 
 def _spec(row: StudyRow) -> StudySpec:

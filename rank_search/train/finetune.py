@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
-from rank_search.model.device import autocast
+from rank_search.model.device import autocast, deterministic
 from rank_search.progress import SILENT, Progress
 from rank_search.score import next_token_loss
 from rank_search.spec import FinetuneSpec
@@ -56,7 +56,7 @@ def finetune(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, spec.warmup))
     losses = torch.zeros(steps, device=device)
-    with _requiring_grad(trained), progress.step("fine-tune", steps) as step:
+    with deterministic(device), _requiring_grad(trained), progress.step("fine-tune", steps) as step:
         for index, ids in enumerate(_batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
             with autocast(device):
                 logits = model(input_ids=ids, use_cache=False).logits

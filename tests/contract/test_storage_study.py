@@ -52,7 +52,7 @@ def test_the_front_is_stored_with_the_trials(storage: str) -> None:
 
 def test_a_changed_meaning_is_refused_naming_the_field(storage: str) -> None:
     open_study(storage).close()
-    with pytest.raises(StudyMismatchError, match=r"search\.multiplier_range = 1\.0, the file now says 2\.0"):
+    with pytest.raises(StudyMismatchError, match=r"search\.multiplier_range = 0\.5, the file now says 2\.0"):
         open_study(storage, multiplier_range=2.0)
     with pytest.raises(StudyMismatchError, match="weights_digest"):
         reopen(storage, weights_digest="x" * 64)

@@ -11,7 +11,7 @@ from rank_search.compress.low_rank import LowRankLinear, compressed, insert, res
 from rank_search.errors import RankMapError
 from rank_search.factors.decompose import Factors, decompose
 from rank_search.model.targets import Target, find_targets, rank_space, weight_matrix
-from rank_search.ranks import RankMap
+from rank_search.ranks import LayerShape, RankMap
 from rank_search.spec import TargetSpec
 from tests.data import models
 
@@ -50,16 +50,19 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
     return made.requires_grad_(False)
 
 
+def _target(layer: nn.Module) -> Target:
+    return Target(LayerShape("layer", 9, 6), layer, ())
+
+
 def test_at_full_rank_it_computes_what_the_dense_layer_does(layer: nn.Module) -> None:
-    model = nn.Sequential(nn.ModuleList([layer]))
-    (target,) = find_targets(model, TargetSpec())
+    target = _target(layer)
     low_rank = LowRankLinear.of(_bank((target,), full=True)[target.name], 6, target)
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(low_rank(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_it_computes_its_dense_matrix_and_the_bias(layer: nn.Module) -> None:
-    (target,) = find_targets(nn.Sequential(nn.ModuleList([layer])), TargetSpec())
+    target = _target(layer)
     low_rank = LowRankLinear.of(_bank((target,), full=True)[target.name], 2, target)
     x = torch.randn(2, 3, 6)
     assert low_rank.rank == 2
@@ -69,7 +72,7 @@ def test_it_computes_its_dense_matrix_and_the_bias(layer: nn.Module) -> None:
 
 
 def test_it_holds_its_two_factors_and_the_dense_layers_own_bias(layer: nn.Module) -> None:
-    (target,) = find_targets(nn.Sequential(nn.ModuleList([layer])), TargetSpec())
+    target = _target(layer)
     low_rank = LowRankLinear.of(_bank((target,), full=True)[target.name], 2, target)
     biases = 0 if layer.bias is None else 9
     assert sum(parameter.numel() for parameter in low_rank.parameters()) == 2 * (6 + 9) + biases
