@@ -27,7 +27,9 @@ PYTHON_DOCS = "python-docs"
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSpec(_Table):
@@ -38,12 +40,14 @@ class ModelSpec(_Table):
     revision: str | None = None
     """Commit, tag or branch of a hub model; a study stores the commit it resolves to."""
     trust_remote_code: bool = False
+    """Allow a hub model or folder to run its own code."""
 
 
 class TargetSpec(_Table):
     """``[targets]``: which weight matrices may be factorised."""
 
     layers: Layers = "linear"
+    """All linear layers of the blocks, those of attention, or query and value projections alone."""
     share: Fraction | None = None
     """Keep only the fewest of the selected layers that hold this share of their parameters."""
     include: tuple[str, ...] = ()
@@ -53,6 +57,7 @@ class TargetSpec(_Table):
     storage: Storage = "two-factor"
     """Which parameter count is the objective."""
     rank_multiple: Positive = 1
+    """Allow only ranks that are multiples of this."""
 
 
 class DataSpec(_Table):
@@ -63,25 +68,34 @@ class DataSpec(_Table):
     validation: str | None = None
     """A source of its own; without one, validation blocks are cut from the end of ``train``."""
     test: str | None = None
+    """Touched by nothing in a search."""
     config: str | None = None
+    """Configuration of a hub dataset."""
     revision: str | None = None
+    """Commit, tag or branch of a hub dataset."""
     train_split: str = "train"
+    """Split of a dataset; files have none."""
     validation_split: str = "validation"
     test_split: str = "test"
     column: str = "text"
+    """The text's column in JSONL, CSV, Parquet and hub datasets."""
     sequence_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a block."""
     calibration_blocks: Positive = 64
+    """From the start of `train`, for the statistics of the layers."""
     train_blocks: Positive | None = None
     """None: all that is left."""
     validation_blocks: Positive | None = None
     """None: all of a validation source of its own, else a tenth of ``train``."""
     test_blocks: Positive | None = None
+    """None: all."""
 
 
 class FactorSpec(_Table):
     """``[factors]``: how the matrices are factorised."""
 
     method: Method = "kfac"
+    """Both sides weighed (`kfac`), inputs alone (`whitened`, `asvd`), rows alone (`fwsvd`), or nothing (`svd`)."""
     damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Added to the diagonal of A and G, relative to its mean."""
     seed: int = 0
@@ -96,10 +110,13 @@ class FinetuneSpec(_Table):
     tokens: Positive | None = None
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Blocks in a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    """Of AdamW, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the learning rate rises; it then falls by a cosine."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
     train: Literal["factors", "all"] = "factors"
@@ -122,11 +139,17 @@ class SearchSpec(_Table):
     """``[search]``: the study's space, sampler and size."""
 
     space: Space = "multipliers"
+    """A budget and multipliers by layer type and depth, or one whole number a layer."""
     sampler: Sampler = "tpe"
+    """Optuna's; `tpe` is the multivariate one, `gp` needs the extra of that name."""
     trials: Positive = 40
+    """Finished trials of the whole study."""
     seed: int = 0
+    """Of the sampler and of the fine-tunes' order of blocks."""
     min_kept: Fraction = 0.3
+    """Smallest kept fraction of the target layers that is proposed."""
     max_kept: Fraction = 0.95
+    """Largest kept fraction of the target layers that is proposed."""
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
     """Kept fractions of the target layers whose closed-form and uniform rank maps are measured first."""
     multiplier_range: Annotated[float, Field(gt=0)] = 0.5
@@ -148,9 +171,11 @@ class RunSpec(_Table):
     """``[run]``: where and how it runs; nothing here changes what a measurement means."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     work_dir: str = "work"
     """Working folder (blocks, factor banks), relative to the study file."""
     score_batch_blocks: Positive = 8
+    """Blocks in a batch of scoring and of calibration."""
     threads: Positive | None = None
     """CPU threads; None leaves torch's default."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from rank_search.errors import NonFiniteLossError
+from rank_search.errors import NonFiniteLossError, TargetError
 from rank_search.model.device import autocast, deterministic
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
@@ -57,6 +57,7 @@ def collect_statistics(
 
     Raises:
         NonFiniteLossError: the model's output is not finite.
+        TargetError: a target layer that the model does not use.
     """
     if not inputs and not gradients:
         return {target.name: LayerStatistics() for target in targets}
@@ -75,11 +76,7 @@ def collect_statistics(
 
 def _pass(model: PreTrainedModel, ids: Int[Tensor, "b s"], generator: torch.Generator, *, backward: bool) -> None:
     with torch.set_grad_enabled(backward), autocast(ids.device):
-        # Weights need no gradient here; the embeddings' output is where the backward pass ends.
-        embedded = model.get_input_embeddings()(ids)
-        if backward:
-            embedded = embedded.detach().requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
     flat = logits.flatten(0, 1).float()
     if not bool(torch.isfinite(flat).all()):
         raise NonFiniteLossError("the model's output on the calibration blocks is not finite")
@@ -100,7 +97,7 @@ class _Moments:
         self._G: dict[str, Tensor] = {}
         self._vectors: dict[str, int] = {}
         self._owner: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
+        self._last: tuple[Tensor, int, str] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -118,6 +115,17 @@ class _Moments:
                 handle.remove()
 
     def means(self, tokens: int) -> dict[str, LayerStatistics]:
+        """Sums to means.
+
+        Raises:
+            TargetError: a layer took no part in what the model computed.
+        """
+        for target in self._targets:
+            if target.name not in (self._G if self._gradients else self._owner):
+                raise TargetError(
+                    f"{target.name} has no part in the model's output on the calibration blocks; exclude it, or "
+                    "calibrate on more text"
+                )
         return {
             target.name: LayerStatistics(
                 self._mean_inputs(self._owner[target.name]) if self._inputs else None,
@@ -130,18 +138,30 @@ class _Moments:
         vectors = self._vectors.pop(owner, 0)
         return self._A[owner].div_(vectors) if vectors else self._A[owner]
 
-    def _on_forward(self, name: str, x: Tensor, output: Tensor) -> None:
+    def _on_forward(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
         if self._inputs:
             self._add_input(name, x.detach())
-        if self._gradients:
-            output.register_hook(lambda g: _add_outer(self._G, name, g))
+        if not self._gradients:
+            return None
+        # No weight needs a gradient here, so the backward pass ends at the first target layers' outputs. Copies,
+        # because the model may go on in place, which a leaf forbids, and at which a view (a product with a bias is
+        # one) loses its hooks.
+        if output.is_leaf:
+            output = output.requires_grad_().clone()
+        elif output._is_view():
+            output = output.clone()
+        output.register_hook(lambda g: _add_outer(self._G, name, g))
+        return output
 
     def _add_input(self, name: str, x: Tensor) -> None:
-        """Layers called one after the other on the same tensor share the sums of the first."""
-        shared = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape
-        owner = self._last[1] if shared and self._last is not None else name
+        """Layers called one after the other on the same tensor, unchanged, share the sums of the first."""
+        owner = name
+        if self._last is not None:
+            last, version, last_owner = self._last
+            if last.data_ptr() == x.data_ptr() and last.shape == x.shape and version == x._version:
+                owner = last_owner
         owner = self._owner.setdefault(name, owner)
-        self._last = (x, owner)
+        self._last = (x, x._version, owner)
         if owner == name:
             _add_outer(self._A, name, x)
             self._vectors[name] = self._vectors.get(name, 0) + x.numel() // x.shape[-1]

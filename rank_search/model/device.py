@@ -41,7 +41,7 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU, sums in a fixed order, so that one seed gives one result (flash attention's backward pass has none else)."""
+    """On a GPU, sums in a fixed order, so that one seed gives one result."""
     if device.type != "cuda":
         yield
         return

@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from rank_search.errors import ModelError
 from rank_search.spec import ModelSpec
+
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UnpicklingError, struct.error,
+)  # fmt: skip
+"""What transformers lets through of a model that is damaged or not there."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -96,7 +104,11 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedMod
             where.name, dtype=torch.float32, output_loading_info=True, **quantized, **arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(where.name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except _LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {spec.source!r} needs code of its own; set model.trust_remote_code = true if you trust it"
+            ) from error
         raise ModelError(f"model {spec.source!r} cannot be loaded: {one_line(error)}") from error
     model, info = pretrained
     missing = sorted(info["missing_keys"])

@@ -80,9 +80,10 @@ class MultiplierSpace:
     ``kept`` is the kept fraction of the target layers and ``uniformity`` goes from the closed form (0) to uniform
     (1); its cube is what rank maps are blended by, so that half of all proposals lie within an eighth of the way from
     the closed form, which is the far better end. A layer's predicted rise is scaled by exp(u) before allocation; its
-    u is the sum of ``u.<group>`` of its layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the Legendre polynomials P1(x) = x and
-    P2(x) = (3x² - 1) / 2 of its depth x, scaled to [-1, 1] over the model. Terms that would scale all layers alike
-    change nothing and are left out: a single layer type's, the linear one at a single depth, the quadratic one at
+    u is the sum of ``u.<group>`` of its layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the
+    Legendre polynomials P1(x) = x and P2(x) = (3x² - 1) / 2 of its depth x, scaled to [-1, 1] over the model. Terms
+    that would scale all layers alike change nothing and are left out: a single layer type's, the linear one at a
+    single depth, the quadratic one at
     fewer than three.
     """
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +29,7 @@ from transformers import (
 VOCABULARY = 300
 HIDDEN = 32
 LENGTH = 64
-_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_TOKENS: Any = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 @cache
@@ -70,9 +71,7 @@ def llama_tied() -> PreTrainedModel:
 def gpt2() -> PreTrainedModel:
     """Conv1D with biases, fused queries, keys and values, tied head."""
     return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=LENGTH, n_inner=48, **_TOKENS
-        )
+        GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=LENGTH, n_inner=48, **_TOKENS)
     )
 
 

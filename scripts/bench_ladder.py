@@ -1,0 +1,90 @@
+"""The closed form at every kept fraction of a study's ladder, before and after the short fine-tune.
+
+    python scripts/bench_ladder.py STUDY.toml [--second-text FILE] [--json FILE]
+
+Perplexity on the study's validation text and on a second text that nothing was tuned on. The dense model stands
+beside it, as it is and after the same number of steps over all of its parameters: what it gains is adaptation to the
+text, not repair of what truncation broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from _bench import environment, print_table
+
+from rank_search.data.sources import Source
+from rank_search.data.splits import eval_blocks
+from rank_search.preparing import Prepared, prepare
+from rank_search.ranks import RankMap
+from rank_search.score import score
+from rank_search.spec import StudyFile, load_study_file
+from rank_search.trial import Evaluator
+
+DENSE_LEARNING_RATE = 1e-4
+"""For all parameters of the dense model; the factors' own rate would harm it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--second-text", type=Path)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    prepared = prepare(load_study_file(args.study))
+    second = None if args.second_text is None else _blocks(prepared, args.second_text)
+    dense = RankMap()
+    rows = [
+        _row("dense", "none", 1.0, dense, _with(prepared, steps=0, tokens=None), second),
+        _row("dense", "all", 1.0, dense, _with(prepared, train="all", learning_rate=DENSE_LEARNING_RATE), second),
+    ]
+    for kept in prepared.spec.search.ladder:
+        rank_map = prepared.allocator.closed_form(kept)
+        rows.append(_row("closed form", "none", kept, rank_map, _with(prepared, steps=0, tokens=None), second))
+        rows.append(_row("closed form", prepared.spec.finetune.train, kept, rank_map, prepared, second))
+    print_table(rows)
+    if args.json:
+        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _with(prepared: Prepared, **changes: object) -> Prepared:
+    spec = prepared.spec
+    finetune = spec.finetune.model_copy(update=changes)
+    study = StudyFile(spec=spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
+    return dataclasses.replace(prepared, study=study)
+
+
+def _blocks(prepared: Prepared, text: Path) -> torch.Tensor:
+    length = prepared.spec.data.sequence_length
+    source = Source(str(text.resolve()), Path())
+    return torch.tensor(eval_blocks(source, prepared.loaded.tokenizer, length, work_dir=prepared.study.work_dir))
+
+
+def _row(
+    allocation: str, trained: str, kept: float, rank_map: RankMap, prepared: Prepared, second: torch.Tensor | None
+) -> dict[str, object]:
+    evaluator = Evaluator(prepared)
+    with evaluator.applied(rank_map):
+        first = evaluator.score()
+        other = (
+            None if second is None else score(prepared.model, second, batch_blocks=prepared.spec.run.score_batch_blocks)
+        )
+    return {
+        "allocation": allocation,
+        "kept_of_targets": kept,
+        "trained": trained,
+        "num_params": prepared.space.num_params(rank_map),
+        "val_loss": round(first.loss, 5),
+        "standard_error": round(first.standard_error, 5),
+        "perplexity": round(first.perplexity, 3),
+        "second_text_perplexity": None if other is None else round(other.perplexity, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The worker's loop on a real study: what fails, what is interrupted, what is resumed, and applying what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_search as rs
+from rank_search.api import facts_of
+from rank_search.errors import CheckpointError, NonFiniteLossError, RankMapError, TrialError
+from rank_search.export.rank_map_file import RankMapFile
+from rank_search.front import Front
+from rank_search.measurement import Measurement
+from rank_search.preparing import Prepared, prepare
+from rank_search.progress import Progress
+from rank_search.ranks import RankMap
+from rank_search.spec import load_study_file
+from rank_search.study.records import State
+from rank_search.study.study import Study
+from rank_search.trial import Evaluator
+from rank_search.worker import SAME_FAILURES, Outcome, work
+from tests.conftest import StudyFactory
+
+Failing = Callable[[int, RankMap], BaseException | None]
+
+
+class Failure(Evaluator):
+    """An evaluator whose n-th trial fails with what ``error`` returns."""
+
+    def __init__(self, prepared: Prepared, error: Failing) -> None:
+        super().__init__(prepared)
+        self._error = error
+        self.measured: list[RankMap] = []
+
+    def measure(self, rank_map: RankMap, progress: Progress = Progress()) -> Measurement:  # noqa: B008
+        self.measured.append(rank_map)
+        error = self._error(len(self.measured), rank_map)
+        if error is not None:
+            raise error
+        return super().measure(rank_map, progress)
+
+
+@pytest.fixture(scope="module")
+def prepared(write_study: StudyFactory, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """One tiny study, prepared once; every test opens it in a database of its own."""
+    return prepare(load_study_file(write_study(tmp_path_factory.mktemp("study"), finetune={"steps": 1})))
+
+
+@contextmanager
+def _open(prepared: Prepared, folder: Path) -> Iterator[Study]:
+    study = Study.open(prepared.spec, f"sqlite:///{folder}/study.db", prepared.allocator, facts_of(prepared))
+    try:
+        yield study
+    finally:
+        study.close()
+
+
+def _view(folder: Path) -> rs.StudyView:
+    return rs.view("tiny", storage=f"sqlite:///{folder}/study.db")
+
+
+def test_it_measures_until_the_study_has_its_trials(prepared: Prepared, tmp_path: Path) -> None:
+    outcomes: list[Outcome] = []
+    with _open(prepared, tmp_path) as study:
+        work(study, Evaluator(prepared), 5, on_outcome=outcomes.append)
+        front = study.front()
+    assert len(outcomes) == 5
+    # The ladder first: closed form and uniform at each of its kept fractions.
+    allocator = prepared.allocator
+    expected = [rule(kept) for kept in (0.8, 0.5) for rule in (allocator.closed_form, allocator.uniform)]
+    assert [outcome.proposal.rank_map for outcome in outcomes[:4]] == expected
+    shown = _view(tmp_path)
+    assert [trial.state for trial in shown.trials] == [State.COMPLETE] * 5
+    assert [trial.rank_map for trial in shown.trials] == [outcome.proposal.rank_map for outcome in outcomes]
+    assert [trial.measurement for trial in shown.trials] == [outcome.measurement for outcome in outcomes]
+    assert front == shown.front == Front.of(shown.points)
+
+
+def test_a_failing_rank_map_fails_its_trial_with_the_reason_and_the_study_goes_on(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    reason = "validation loss is nan (3 of 8 blocks are not finite)"
+    evaluator = Failure(prepared, lambda n, _: NonFiniteLossError(reason) if n == 2 else None)
+    outcomes: list[Outcome] = []
+    with _open(prepared, tmp_path) as study:
+        work(study, evaluator, 4, on_outcome=outcomes.append)
+    assert [outcome.reason for outcome in outcomes] == [None, reason, None, None]
+    shown = _view(tmp_path)
+    failed = [trial for trial in shown.trials if trial.state is State.FAILED]
+    assert [(trial.number, trial.reason, trial.measurement) for trial in failed] == [(1, reason, None)]
+    assert len(shown.points) == 3
+
+
+def test_a_full_gpu_fails_the_trial_with_a_way_out(prepared: Prepared, tmp_path: Path) -> None:
+    evaluator = Failure(prepared, lambda n, _: torch.OutOfMemoryError("CUDA\nout of memory") if n == 1 else None)
+    outcomes: list[Outcome] = []
+    with _open(prepared, tmp_path) as study:
+        work(study, evaluator, 2, on_outcome=outcomes.append)
+    assert outcomes[0].reason == "out of GPU memory; lower finetune.batch_blocks or run.score_batch_blocks"
+
+
+def test_equal_failures_in_a_row_stop_it(prepared: Prepared, tmp_path: Path) -> None:
+    evaluator = Failure(prepared, lambda n, _: NonFiniteLossError("always") if n > 1 else None)
+    with (
+        _open(prepared, tmp_path) as study,
+        pytest.raises(TrialError, match=r"^3 trials in a row failed for the same reason \(always\); mend it and run"),
+    ):
+        work(study, evaluator, 20)
+    assert len(evaluator.measured) == 1 + SAME_FAILURES
+    assert [trial.state for trial in _view(tmp_path).trials] == [State.COMPLETE] + [State.FAILED] * SAME_FAILURES
+
+
+def test_different_failures_and_failures_apart_do_not(prepared: Prepared, tmp_path: Path) -> None:
+    def error(n: int, _rank_map: RankMap) -> BaseException | None:
+        return NonFiniteLossError(f"reason {n % 2}") if n % 4 else None
+
+    with _open(prepared, tmp_path) as study:
+        work(study, Failure(prepared, error), 8)
+        assert study.finished() == 8
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError("a defect")])
+def test_an_interrupted_trial_is_proposed_again(prepared: Prepared, tmp_path: Path, error: BaseException) -> None:
+    evaluator = Failure(prepared, lambda n, _: error if n == 2 else None)
+    with _open(prepared, tmp_path) as study, pytest.raises(type(error)):
+        work(study, evaluator, 4)
+    with _open(prepared, tmp_path) as study:
+        assert study.finished() == 1
+        again = Failure(prepared, lambda *_: None)
+        work(study, again, 4)
+        assert study.finished() == 4
+    assert evaluator.measured[1] in again.measured
+    assert len(again.measured) == 3
+    assert {point.rank_map for point in _view(tmp_path).points} == {evaluator.measured[0], *again.measured}
+
+
+def test_resuming_does_only_what_is_left(prepared: Prepared, tmp_path: Path) -> None:
+    with _open(prepared, tmp_path) as study:
+        work(study, Evaluator(prepared), 2)
+    first = _view(tmp_path).points
+    evaluator = Failure(prepared, lambda *_: None)
+    with _open(prepared, tmp_path) as study:
+        work(study, evaluator, 3)
+        work(study, evaluator, 3)
+    assert len(evaluator.measured) == 1
+    assert _view(tmp_path).points[:2] == first
+
+
+@pytest.fixture(scope="module")
+def searched(write_study: StudyFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that was run from its file."""
+    path = write_study(tmp_path_factory.mktemp("searched"))
+    rs.run(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_applying_a_rank_map_file_repeats_its_measurement_exactly(
+    family: str, write_study: StudyFactory, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, family)
+    rs.run(path, trials=2)
+    file = rs.export(path, trial=1)
+    file.write(tmp_path / "rank_map.json", folder=tmp_path)
+    assert file.measurement is not None
+    applied = rs.apply(tmp_path / "rank_map.json", tmp_path / "out")
+    assert applied.loss == file.measurement.loss
+    assert applied.num_params == file.measurement.num_params
+
+
+def test_a_checkpoint_scores_what_applying_said(searched: Path, tmp_path: Path) -> None:
+    file = rs.export(searched, kept=0.6)
+    file.write(searched.parent / "kept.json", folder=searched.parent)
+    applied = rs.apply(searched.parent / "kept.json", tmp_path / "out")
+    data = load_study_file(searched).spec.data
+    text = searched.parent / "text.txt"
+    again, dense = (
+        rs.evaluate(str(folder), data.model_copy(update={"train": str(text)}), blocks=4)
+        for folder in (tmp_path / "out", load_study_file(searched).spec.model.source)
+    )
+    assert again.num_params == applied.num_params == file.measurement.num_params  # type: ignore[union-attr]
+    assert again.num_params < dense.num_params
+    assert RankMapFile.read(tmp_path / "out" / "rank_map.json") == file
+
+
+def test_applying_without_fine_tune_is_the_sliced_model(searched: Path, tmp_path: Path) -> None:
+    file = rs.allocate(searched, 0.5)
+    file.write(searched.parent / "allocated.json", folder=searched.parent)
+    sliced = rs.apply(searched.parent / "allocated.json", tmp_path / "sliced", finetune=False)
+    tuned = rs.apply(searched.parent / "allocated.json", tmp_path / "tuned")
+    dense = rs.apply(searched.parent / "allocated.json", tmp_path / "dense", finetune=False, form="dense")
+    assert sliced.loss != tuned.loss
+    assert dense.loss == sliced.loss
+
+
+def test_applying_refuses_before_it_writes(
+    searched: Path, tmp_path: Path, model_folders: Callable[[str], Path]
+) -> None:
+    rank_map = searched.parent / "refused.json"
+    rs.allocate(searched, 0.5).write(rank_map, folder=searched.parent)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        rs.apply(rank_map, tmp_path / "full")
+    with pytest.raises(RankMapError, match="dtype must be one of float32, bfloat16, float16, not 'int8'"):
+        rs.apply(rank_map, tmp_path / "out", dtype="int8")
+    with pytest.raises(RankMapError):
+        rs.apply(rank_map, tmp_path / "out", model=str(model_folders("gpt2")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_dense_loss_is_stored_once(searched: Path) -> None:
+    view = rs.view(searched)
+    prepared = rs.prepare(searched)
+    assert view.record.dense_loss == Evaluator(prepared).score().loss

@@ -1,0 +1,129 @@
+"""The study file: what it may say, and what is refused in one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rank_search.errors import StudyFileError, StudyMismatchError
+from rank_search.spec import StudySpec, load_study_file, parse_study
+
+LEAST = 'name = "s"\n[model]\nsource = "m"\n'
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _parse(**tables: object) -> StudySpec:
+    return parse_study({"name": "s", "model": {"source": "m"}, **tables}, where="here")
+
+
+def test_a_name_and_a_model_are_enough(tmp_path: Path) -> None:
+    study = load_study_file(_write(tmp_path, LEAST))
+    assert study.spec == _parse()
+    assert study.spec.factors.method == "kfac"
+    assert study.spec.data.train == "python-docs"
+    assert study.spec.targets.layers == "linear"
+    assert study.folder == tmp_path
+    assert study.work_dir == tmp_path / "work"
+    assert study.default_storage == f"sqlite:///{tmp_path}/s.db"
+
+
+def test_all_tables_are_read(tmp_path: Path) -> None:
+    text = LEAST + (
+        'revision = "abc"\n[targets]\nlayers = "attention"\nshare = 1\ninclude = ["lm_head"]\nstorage = "pivoted"\n'
+        "[finetune]\ntokens = 1000\nlearning_rate = 1\n[search]\nladder = [1, 0.5]\nmax_kept = 1\n"
+    )
+    spec = load_study_file(_write(tmp_path, text)).spec
+    assert spec.model.revision == "abc"
+    assert spec.targets.include == ("lm_head",)
+    assert spec.targets.share == 1.0
+    assert spec.search.ladder == (1.0, 0.5)
+    assert spec.finetune.steps_for(100) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "is not valid TOML"),
+        ('name = "s"\n', "model: Field required"),
+        ('[model]\nsource = "m"\n', "name: Field required"),
+        (LEAST + 'revison = "a"\n', "unknown key 'model.revison'; did you mean 'revision'?"),
+        (LEAST + "[serach]\ntrials = 3\n", "unknown key 'serach'; did you mean 'search'?"),
+        (LEAST + "[run]\nzzz = 3\n", "unknown key 'run.zzz'; known keys are device, work_dir, score_batch"),
+        (LEAST + "[search]\ntrials = 0\n", "search.trials: Input should be greater than or equal to 1, not 0"),
+        (LEAST + '[search]\ntrials = "3"\n', "search.trials: Input should be a valid integer, not '3'"),
+        (LEAST + "[search]\ntrials = true\n", "search.trials: Input should be a valid integer, not True"),
+        (LEAST + "[search]\nmin_kept = 0.9\nmax_kept = 0.5\n", r"search: min_kept (0.9) must be below max_kept (0.5)"),
+        (LEAST + "[search]\nladder = [0.5, 1.5]\n", "search.ladder.1: Input should be less than or equal to 1"),
+        (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'tpe', 'nsga2', 'gp' or 'random'"),
+        (LEAST + "[targets]\nshare = 0\n", "targets.share: Input should be greater than 0, not 0"),
+        (LEAST + "[finetune]\nlearning_rate = nan\n", "finetune.learning_rate: "),
+        (LEAST + "[finetune]\nlearning_rate = inf\n", "finetune.learning_rate: "),
+        (LEAST + "[finetune]\nsteps = 5\ntokens = 5\n", "finetune: give steps or tokens, not both"),
+        (LEAST + "[data]\ntrain_blocks = 4\n", "data.train_blocks (4) must be at least finetune.batch_blocks (8)"),
+        (LEAST + '[run]\ndevice = "gpu"\n', "run.device: "),
+        (LEAST.replace('"s"', '"a b"'), "name: "),
+        (LEAST.replace('"m"', '""'), "model.source: "),
+        (LEAST.replace('"m"', "7"), "model.source: Input should be a valid string, not 7"),
+        (LEAST + "[data]\nsequence_length = 1\n", "data.sequence_length: Input should be greater than or equal to 2"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line_that_names_the_field(tmp_path: Path, text: str, message: str) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(StudyFileError) as caught:
+        load_study_file(path)
+    assert str(caught.value).startswith(f"study file {path}")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_file_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match=r"nothing.toml: No such file or directory$"):
+        load_study_file(tmp_path / "nothing.toml")
+    with pytest.raises(StudyFileError, match="Is a directory"):
+        load_study_file(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StudyFileError, match="not UTF-8 text"):
+        load_study_file(tmp_path / "binary.toml")
+
+
+def test_size_and_place_do_not_change_the_meaning() -> None:
+    base = _parse()
+    same = _parse(search={"trials": 999}, run={"device": "cpu", "threads": 2, "work_dir": "x"})
+    assert same.digest == base.digest
+    same.check_same_meaning(base)
+
+
+@pytest.mark.parametrize(
+    ("tables", "field"),
+    [
+        ({"factors": {"method": "svd"}}, 'factors.method = "svd", the file now says "kfac"'),
+        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0002"),
+        ({"search": {"ladder": [0.5]}}, r"search.ladder = [0.5], the file now says [0.9, 0.8, 0.6, 0.4]"),
+        ({"model": {"source": "other"}}, 'model.source = "other", the file now says "m"'),
+        ({"targets": {"share": 0.5}}, "targets.share = 0.5, the file now says null"),
+    ],
+)
+def test_a_change_of_meaning_is_refused_by_its_field(tables: dict[str, object], field: str) -> None:
+    stored = _parse(**tables)
+    assert stored.digest != _parse().digest
+    with pytest.raises(StudyMismatchError) as caught:
+        _parse().check_same_meaning(stored)
+    assert field in str(caught.value)
+
+
+def test_a_spec_round_trips_through_json() -> None:
+    spec = _parse(search={"ladder": [0.5]}, targets={"include": ["lm_head"]})
+    again = StudySpec.model_validate_json(spec.model_dump_json())
+    assert again == spec
+    assert again.digest == spec.digest
+
+
+def test_a_study_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        _parse().name = "other"
