@@ -76,7 +76,9 @@ class DataSpec(_Table):
     train_split: str = "train"
     """Split of a dataset; files have none."""
     validation_split: str = "validation"
+    """Split of a dataset."""
     test_split: str = "test"
+    """Split of a dataset."""
     column: str = "text"
     """The text's column in JSONL, CSV, Parquet and hub datasets."""
     sequence_length: Annotated[int, Field(ge=2)] = 128

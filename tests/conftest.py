@@ -39,7 +39,7 @@ def _quiet_and_frugal() -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="session")

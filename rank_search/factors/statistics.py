@@ -83,7 +83,9 @@ def _pass(model: PreTrainedModel, ids: Int[Tensor, "b s"], generator: torch.Gene
     if backward:
         labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
         # The sum, not the mean: G is about one token's loss.
-        F.cross_entropy(flat, labels, reduction="sum").backward()
+        loss = F.cross_entropy(flat, labels, reduction="sum")
+        if loss.requires_grad:  # else no target layer had a part in it, which the means will say
+            loss.backward()
 
 
 class _Moments:

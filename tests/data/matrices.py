@@ -19,7 +19,8 @@ def weight(m: int, n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rank = min(m, n)
     left, right = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
-    return left @ torch.diag(0.8 ** torch.arange(rank)) @ right / rank**0.5
+    spectrum: Tensor = 0.8 ** torch.arange(rank) / rank**0.5
+    return left @ torch.diag(spectrum) @ right
 
 
 def moment(size: int, kind: Kind, seed: int) -> Tensor:
@@ -37,7 +38,8 @@ def moment(size: int, kind: Kind, seed: int) -> Tensor:
         vectors[:, : size // 4] = 0
     if kind == "massive":
         vectors[:, -2:] *= 1e3
-    return vectors.T @ vectors / count
+    result: Tensor = vectors.T @ vectors / count
+    return result
 
 
 def layer_statistics(m: int, n: int, kind: Kind) -> LayerStatistics:

@@ -49,7 +49,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     backend.train_from_iterator([text(40_000)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", bos_token="<|end|>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="<|end|>", bos_token="<|end|>"
+    )
 
 
 def llama(*, tied: bool = False) -> PreTrainedModel:
@@ -125,7 +127,9 @@ def make(family: str, *, scale: float = 0.15) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower() and "ln_" not in name:
             nn.init.normal_(parameter, std=scale)
-    return model.eval().requires_grad_(False)
+    model.train(False)
+    model.requires_grad_(False)
+    return model
 
 
 def save(family: str, folder: Path) -> Path:
@@ -140,13 +144,12 @@ class SharedBlocks(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        block = nn.Module()
-        block.up = nn.Linear(width, 2 * width)
-        block.down = nn.Linear(2 * width, width)
-        block.again = block.down
+        down = nn.Linear(2 * width, width)
+        block = nn.ModuleDict({"up": nn.Linear(width, 2 * width), "down": down, "again": down})
         self.layers = nn.ModuleList([block, block])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.layers:
-            x = x + block.down(block.up(x).relu()) + block.again(block.up(x).tanh())
+            assert isinstance(block, nn.ModuleDict)
+            x = x + block["down"](block["up"](x).relu()) + block["again"](block["up"](x).tanh())
         return x

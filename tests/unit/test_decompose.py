@@ -101,7 +101,8 @@ def test_singular_values_fall_and_agree_with_an_svd(method: Method) -> None:
 
     def root(S: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(S)
-        return vectors @ torch.diag(values.sqrt()) @ vectors.T
+        square_root: Tensor = vectors @ torch.diag(values.sqrt()) @ vectors.T
+        return square_root
 
     expected = torch.linalg.svdvals(root(G) @ W.double() @ root(A))
     sigma = _factors(method, W, statistics).sigma

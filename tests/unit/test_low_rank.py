@@ -42,9 +42,9 @@ def layer(request: pytest.FixtureRequest) -> nn.Module:
     """A dense layer from 6 inputs to 9 outputs."""
     torch.manual_seed(0)
     if request.param == "conv1d":
-        made: nn.Module = Conv1D(9, 6)
-        nn.init.normal_(made.weight)
-        nn.init.normal_(made.bias)
+        made: nn.Module = Conv1D(9, 6)  # type: ignore[no-untyped-call]
+        for parameter in made.parameters():
+            nn.init.normal_(parameter)
     else:
         made = nn.Linear(6, 9, bias=request.param == "linear")
     return made.requires_grad_(False)
@@ -67,7 +67,7 @@ def test_it_computes_its_dense_matrix_and_the_bias(layer: nn.Module) -> None:
     x = torch.randn(2, 3, 6)
     assert low_rank.rank == 2
     assert torch.linalg.matrix_rank(low_rank.dense()) == 2
-    bias = layer.bias if layer.bias is not None else torch.zeros(9)
+    bias = layer.bias if isinstance(layer.bias, torch.Tensor) else torch.zeros(9)
     torch.testing.assert_close(low_rank(x), x @ low_rank.dense().T + bias)
 
 
@@ -149,13 +149,15 @@ def test_a_shared_module_is_replaced_in_all_its_places() -> None:
     targets = find_targets(model, TargetSpec())
     assert [target.name for target in targets] == ["layers.0.up", "layers.0.down"]
     dense = model(torch.ones(1, 8))
-    down = model.layers[0].down
+    down = model.get_submodule("layers.0.down")
     with compressed(targets, _bank(targets, full=True), _full(targets)) as layers:
-        for block in model.layers:
-            assert block.up is layers["layers.0.up"]
-            assert block.down is block.again is layers["layers.0.down"]
+        for block in ("layers.0", "layers.1"):
+            assert model.get_submodule(f"{block}.up") is layers["layers.0.up"]
+            assert model.get_submodule(f"{block}.down") is layers["layers.0.down"]
+            assert model.get_submodule(f"{block}.again") is layers["layers.0.down"]
         torch.testing.assert_close(model(torch.ones(1, 8)), dense, rtol=1e-4, atol=1e-5)
-    assert all(block.down is block.again is down for block in model.layers)
+    for place in ("layers.0.down", "layers.0.again", "layers.1.down", "layers.1.again"):
+        assert model.get_submodule(place) is down
 
 
 def test_a_shared_module_counts_once() -> None:

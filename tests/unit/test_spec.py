@@ -103,7 +103,7 @@ def test_size_and_place_do_not_change_the_meaning() -> None:
     ("tables", "field"),
     [
         ({"factors": {"method": "svd"}}, 'factors.method = "svd", the file now says "kfac"'),
-        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0002"),
+        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0004"),
         ({"search": {"ladder": [0.5]}}, r"search.ladder = [0.5], the file now says [0.9, 0.8, 0.6, 0.4]"),
         ({"model": {"source": "other"}}, 'model.source = "other", the file now says "m"'),
         ({"targets": {"share": 0.5}}, "targets.share = 0.5, the file now says null"),

@@ -76,7 +76,9 @@ def test_gpt2s_matrices_are_stored_transposed() -> None:
     assert (target.shape.m, target.shape.n) == (96, 32)
     assert target.module.weight.shape == (32, 96)
     x = torch.randn(4, 32)
-    torch.testing.assert_close(target.module(x), x @ weight_matrix(target.module).T + target.module.bias)
+    bias = target.module.bias
+    assert isinstance(bias, torch.Tensor)
+    torch.testing.assert_close(target.module(x), x @ weight_matrix(target.module).T + bias)
 
 
 def test_a_share_takes_the_largest_layers_first_and_no_more_than_needed() -> None:
