@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rank_search.compress.checkpoint import Form, is_compressed, load_checkpoint, save_checkpoint
+from rank_search.compress.checkpoint import Form, check_free, is_compressed, load_checkpoint, save_checkpoint
 from rank_search.data.blocks import check_length
 from rank_search.data.sources import Source
 from rank_search.data.splits import eval_blocks
@@ -41,6 +41,7 @@ def apply_rank_map(
     """Write the compressed model of a rank map file; see :func:`rank_search.api.apply`."""
     if dtype not in DTYPES:
         raise RankMapError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_free(out)  # before the fine-tune, not after it
     file = RankMapFile.read(path)
     if file.storage != "two-factor":
         raise RankMapError(

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 _CHECKED = ["rank_search.factors", "rank_search.compress", "rank_search.train", "rank_search.score"]
 # Before anything imports these packages: the hook acts on imports.
 install_import_hook(_CHECKED, "beartype.beartype")
+
+# The same examples every time, however busy the machine is.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 StudyFactory = Callable[..., Path]
 

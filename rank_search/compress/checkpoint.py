@@ -49,8 +49,7 @@ def save_checkpoint(
         ModelError: the factored form of a model whose class is not transformers' own.
         CheckpointError: the folder exists and is not empty, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; choose another folder or remove it")
+    check_free(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -75,6 +74,16 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {out} cannot be written: {one_line(error)}; free space or choose another folder"
         ) from error
+
+
+def check_free(out: Path) -> None:
+    """Refuse a folder that something stands in already.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another folder or remove it")
 
 
 def is_compressed(folder: Path) -> bool:

@@ -44,6 +44,7 @@ def build_factors(
     Raises:
         DecompositionError: naming the layer.
         NonFiniteLossError: the model's output on the calibration blocks is not finite.
+        TargetError: a target layer that the model does not use.
     """
     times = times if times is not None else BuildTimes()
     device = next(model.parameters()).device

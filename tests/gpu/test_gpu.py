@@ -51,10 +51,10 @@ def test_statistics_under_autocast_are_close_to_those_of_a_cpu(family: str) -> N
     model = models.make(family)
     targets = find_targets(model, TargetSpec())
     # Many tokens, because labels are drawn by each device's own generator.
-    blocks = torch.randint(models.VOCABULARY, (256, 32), generator=torch.Generator().manual_seed(0)).int()
-    on_cpu = collect_statistics(model, targets, blocks, batch_blocks=64, seed=0)
+    blocks = torch.randint(models.VOCABULARY, (1024, 32), generator=torch.Generator().manual_seed(0)).int()
+    on_cpu = collect_statistics(model, targets, blocks, batch_blocks=128, seed=0)
     nn.Module.to(model, "cuda")
-    on_gpu = collect_statistics(model, targets, blocks, batch_blocks=64, seed=0)
+    on_gpu = collect_statistics(model, targets, blocks, batch_blocks=128, seed=0)
     for name, layer in on_cpu.items():
         for expected, found, tolerance in ((layer.A, on_gpu[name].A, 0.02), (layer.G, on_gpu[name].G, 0.25)):
             assert expected is not None

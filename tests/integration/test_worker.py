@@ -11,6 +11,7 @@ import torch
 
 import rank_search as rs
 from rank_search.api import facts_of
+from rank_search.compress.checkpoint import load_checkpoint
 from rank_search.errors import CheckpointError, NonFiniteLossError, RankMapError, TrialError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front
@@ -18,6 +19,7 @@ from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
 from rank_search.ranks import RankMap
+from rank_search.score import score
 from rank_search.spec import load_study_file
 from rank_search.study.records import State
 from rank_search.study.study import Study
@@ -172,7 +174,20 @@ def test_applying_a_rank_map_file_repeats_its_measurement_exactly(
     assert applied.num_params == file.measurement.num_params
 
 
-def test_a_checkpoint_scores_what_applying_said(searched: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["factors", "all"])
+def test_the_checkpoint_is_the_model_that_was_measured(train: str, write_study: StudyFactory, tmp_path: Path) -> None:
+    path = write_study(tmp_path, finetune={"train": train, "learning_rate": 1e-2})
+    rs.run(path, trials=1)
+    file = rs.export(path, trial=0)
+    file.write(tmp_path / "rank_map.json", folder=tmp_path)
+    rs.apply(tmp_path / "rank_map.json", tmp_path / "out")
+    validation = torch.from_numpy(rs.prepare(path).splits.validation.copy())
+    model = load_checkpoint(tmp_path / "out", torch.device("cpu")).model
+    assert file.measurement is not None
+    assert score(model, validation, batch_blocks=8).loss == file.measurement.loss
+
+
+def test_a_checkpoint_can_be_evaluated_like_any_model(searched: Path, tmp_path: Path) -> None:
     file = rs.export(searched, kept=0.6)
     file.write(searched.parent / "kept.json", folder=searched.parent)
     applied = rs.apply(searched.parent / "kept.json", tmp_path / "out")
@@ -205,7 +220,7 @@ def test_applying_refuses_before_it_writes(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(CheckpointError, match="exists and is not empty"):
-        rs.apply(rank_map, tmp_path / "full")
+        rs.apply(rank_map, tmp_path / "full", model="nowhere/at-all")  # before the model is looked for
     with pytest.raises(RankMapError, match="dtype must be one of float32, bfloat16, float16, not 'int8'"):
         rs.apply(rank_map, tmp_path / "out", dtype="int8")
     with pytest.raises(RankMapError):

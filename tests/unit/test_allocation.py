@@ -209,6 +209,10 @@ def test_the_lower_hull_is_below_all_points_and_convex(given_points: list[tuple[
     assert (np.interp(params[inside], x, y) <= rises[inside] + 1e-9).all()
 
 
+def test_points_on_one_line_are_one_edge() -> None:
+    assert lower_hull(np.array([1, 2, 3, 5]), np.array([8.0, 6.0, 4.0, 3.0])).tolist() == [0, 2, 3]
+
+
 def test_a_curve_ends_with_dense() -> None:
     space = RankSpace((LayerShape("a", 6, 8),), 48)
     curve = LayerCurve.of(space, space["a"], np.array([9.0, 5, 3, 2, 1, 0.5, 0]))

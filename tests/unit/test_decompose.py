@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from rank_search.errors import DecompositionError
@@ -108,6 +109,11 @@ def test_singular_values_fall_and_agree_with_an_svd(method: Method) -> None:
     sigma = _factors(method, W, statistics).sigma
     assert bool((sigma.diff() <= 0).all())
     torch.testing.assert_close(sigma, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_shapes_are_checked_while_tests_run() -> None:
+    with pytest.raises(TypeCheckError, match="inn"):
+        Factors(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3, dtype=torch.float64))
 
 
 def test_the_two_rows_of_a_rank_have_equal_norms() -> None:

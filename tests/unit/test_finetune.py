@@ -88,6 +88,12 @@ def test_a_loss_that_is_not_finite_is_an_error_with_its_step() -> None:
         _tune("llama", spec)
 
 
+def test_gradients_are_clipped() -> None:
+    # Steps of AdamW do not depend on the gradient's size, until it is as small as the addend in its denominator.
+    _, before, after = _tune("llama", FinetuneSpec(steps=2, learning_rate=1e-2, clip=1e-12))
+    assert all(float((after[name] - before[name]).abs().max()) < 1e-4 for name in before)
+
+
 def test_weight_decay_shrinks_the_factors() -> None:
     norms = []
     for decay in (0.0, 5.0):

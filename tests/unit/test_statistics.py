@@ -178,6 +178,23 @@ def test_a_model_that_goes_on_in_place_has_the_same_statistics() -> None:
     assert torch.equal(_both(expected)[1], _both(found)[1])
 
 
+class _Changing(_Looped):  # type: ignore[no-untyped-call]
+    """Two layers read one tensor, which is changed in its place in between."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> _Output:
+        x = self.embedding(input_ids)
+        first = self.get_submodule("blocks.0.used")(x)
+        return _Output(self.head(first + self.get_submodule("blocks.0.idle")(x.relu_())))
+
+
+def test_a_tensor_that_changes_between_two_layers_is_not_shared() -> None:
+    model = _Changing(1)
+    found = collect_statistics(model, find_targets(model, TargetSpec()), BLOCKS, batch_blocks=6, seed=0)
+    x = model.embedding(BLOCKS.long()).flatten(0, 1).double()
+    for name, inputs in (("blocks.0.used", x), ("blocks.0.idle", x.relu())):
+        torch.testing.assert_close(found[name].A, inputs.T @ inputs / len(inputs), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("exclude", [(), ("*used",)])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_layer_that_the_model_does_not_use_is_named(gradients: bool, exclude: tuple[str, ...]) -> None:
