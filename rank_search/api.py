@@ -98,12 +98,16 @@ def run(
     wanted = _wanted(trials, file)
     url = storage_url(storage, file)
     _refuse_other_meaning(url, file)
+    from rank_search.study.samplers import check_sampler
+    from rank_search.study.space import check_range
+
+    check_sampler(file.spec.search)
     from rank_search.preparing import prepare as prepare_study
     from rank_search.study.study import Study
     from rank_search.trial import Evaluator
     from rank_search.worker import work
 
-    prepared = prepare_study(file, progress=progress, check=lambda space: _check_ladder(file, space))
+    prepared = prepare_study(file, progress=progress, check=lambda space: check_range(file.spec.search, space))
     opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared))
     try:
         if opened.finished() < wanted:
@@ -268,8 +272,10 @@ def layers(model: ModelSpec, targets: TargetSpec | None = None, *, progress: Pro
 
 def storage_url(storage: str | None, file: StudyFile | None) -> str:
     """``storage``, else ``RANK_SEARCH_STORAGE``, else the SQLite file beside the study's working folder."""
-    url = storage or os.environ.get(STORAGE_VARIABLE) or (file.default_storage if file else None)
-    if not url:
+    if storage is not None:
+        return storage  # an empty one too: it is an unset variable in a script, not a wish for the default
+    url = os.environ.get(STORAGE_VARIABLE) or (file.default_storage if file else None)
+    if url is None:
         raise StorageError(
             f"a study's name needs its database: give --storage URL or set {STORAGE_VARIABLE}, or give the study's file"
         )
@@ -314,11 +320,6 @@ def _refuse_other_meaning(url: str, file: StudyFile) -> None:
         file.spec.check_same_meaning(stored.spec)
 
 
-def _check_ladder(file: StudyFile, space: RankSpace) -> None:
-    for kept in (*file.spec.search.ladder, file.spec.search.max_kept):
-        space.budget(kept)
-
-
 def facts_of(prepared: Prepared) -> StudyFacts:
     """What the database keeps of a prepared study."""
     from rank_search.study.facts import StudyFacts
@@ -330,6 +331,8 @@ def facts_of(prepared: Prepared) -> StudyFacts:
         shapes=prepared.space.shapes,
         model_params=prepared.space.model_params,
         calibration_digest=prepared.splits.calibration_digest,
+        train_digest=prepared.splits.train_digest,
+        validation_digest=prepared.splits.validation_digest,
         bank=prepared.bank.key.digest,
         folder=str(prepared.study.folder.resolve()),
     )

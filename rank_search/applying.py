@@ -64,7 +64,9 @@ def apply_rank_map(
 def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str) -> StudySpec:
     """The file's study with what the caller changed."""
     recipe = file.recipe
-    changes: dict[str, object] = {"run": recipe.run.model_copy(update={"device": device})}
+    # The study's file may name a branch that has moved on; the weights were those of the recorded commit.
+    pinned = recipe.model.model_copy(update={"revision": file.model.revision})
+    changes: dict[str, object] = {"model": pinned, "run": recipe.run.model_copy(update={"device": device})}
     if model is not None:
         source = str(Path(model).resolve()) if Path(model).exists() else model
         changes["model"] = recipe.model.model_copy(update={"source": source})

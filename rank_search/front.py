@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,9 +74,10 @@ class Front(Sequence[FrontPoint]):
         """Lowest loss among the points that keep at most ``kept`` of the target layers."""
         if not 0 < kept <= 1:
             raise BudgetError(f"kept fraction of the target layers must be in (0, 1], not {kept:g}")
+        self._refuse_empty()
         fitting = [p for p in self.points if p.measurement.kept_of_targets <= kept + 1e-12]
         if not fitting:
-            least = min((p.measurement.kept_of_targets for p in self.points), default=math.nan)
+            least = min(p.measurement.kept_of_targets for p in self.points)
             raise BudgetError(
                 f"no point of the front keeps at most {kept:g} of the target layers; the smallest keeps {least:.4f}"
             )
@@ -85,17 +85,19 @@ class Front(Sequence[FrontPoint]):
 
     def at_most_params(self, num_params: int) -> FrontPoint:
         """Lowest loss among the points of at most ``num_params`` parameters in the whole model."""
+        self._refuse_empty()
         fitting = [p for p in self.points if p.num_params <= num_params]
         if not fitting:
-            least = min((p.num_params for p in self.points), default=0)
+            least = min(p.num_params for p in self.points)
             raise BudgetError(f"no point of the front has at most {num_params} parameters; the smallest has {least}")
         return min(fitting, key=lambda p: p.loss)
 
     def at_most_loss(self, loss: float) -> FrontPoint:
         """Fewest parameters among the points of at most ``loss`` nats per token."""
+        self._refuse_empty()
         fitting = [p for p in self.points if p.loss <= loss]
         if not fitting:
-            least = min((p.loss for p in self.points), default=math.nan)
+            least = min(p.loss for p in self.points)
             raise BudgetError(
                 f"no point of the front has a validation loss of at most {loss:g}; the lowest is {least:.4f}"
             )
@@ -104,8 +106,7 @@ class Front(Sequence[FrontPoint]):
     def knee(self) -> FrontPoint:
         """The point farthest below the straight line between the front's ends, both axes scaled to [0, 1]
         (Das, "On characterizing the 'knee' of the Pareto curve", 1999)."""
-        if not self.points:
-            raise BudgetError("the front is empty; run the study first")
+        self._refuse_empty()
         first, last = self.points[0], self.points[-1]
         width = last.num_params - first.num_params
         height = first.loss - last.loss
@@ -116,6 +117,10 @@ class Front(Sequence[FrontPoint]):
             return (first.loss - point.loss) / height - (point.num_params - first.num_params) / width
 
         return max(self.points, key=lambda p: (below_line(p), -p.num_params))
+
+    def _refuse_empty(self) -> None:
+        if not self.points:
+            raise BudgetError("the front is empty; run the study first")
 
     def hypervolume(self, reference_loss: float, reference_params: int) -> float:
         """Area that the front dominates below the reference point, in nats · parameters."""

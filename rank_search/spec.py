@@ -20,7 +20,9 @@ Layers = Literal["linear", "attention", "query-value"]
 Space = Literal["multipliers", "direct"]
 Sampler = Literal["tpe", "nsga2", "gp", "random"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(min_length=1)]
 
 PYTHON_DOCS = "python-docs"
 """Name of the text that every Python has: the language reference in ``pydoc_data.topics``."""
@@ -35,9 +37,9 @@ class _Table(BaseModel):
 class ModelSpec(_Table):
     """``[model]``: which pretrained model."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Name
     """Hub id, folder, or GGUF file; a relative path is relative to the study file."""
-    revision: str | None = None
+    revision: Name | None = None
     """Commit, tag or branch of a hub model; a study stores the commit it resolves to."""
     trust_remote_code: bool = False
     """Allow a hub model or folder to run its own code."""
@@ -63,15 +65,15 @@ class TargetSpec(_Table):
 class DataSpec(_Table):
     """``[data]``: text, and how many blocks of it go where."""
 
-    train: Annotated[str, Field(min_length=1)] = PYTHON_DOCS
+    train: Name = PYTHON_DOCS
     """Hub dataset id, file (text, JSONL, CSV or Parquet), or ``python-docs``."""
-    validation: str | None = None
+    validation: Name | None = None
     """A source of its own; without one, validation blocks are cut from the end of ``train``."""
-    test: str | None = None
+    test: Name | None = None
     """Touched by nothing in a search."""
-    config: str | None = None
+    config: Name | None = None
     """Configuration of a hub dataset."""
-    revision: str | None = None
+    revision: Name | None = None
     """Commit, tag or branch of a hub dataset."""
     train_split: str = "train"
     """Split of a dataset; files have none."""
@@ -100,24 +102,24 @@ class FactorSpec(_Table):
     """Both sides weighed (`kfac`), inputs alone (`whitened`, `asvd`), rows alone (`fwsvd`), or nothing (`svd`)."""
     damping: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Added to the diagonal of A and G, relative to its mean."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the labels that are sampled from the model's own output."""
 
 
 class FinetuneSpec(_Table):
     """``[finetune]``: the short fine-tune of a trial."""
 
-    steps: Annotated[int, Field(ge=0)] | None = None
+    steps: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Budget in optimiser steps; 100 where neither this nor ``tokens`` is given. 0: no fine-tune."""
     tokens: Positive | None = None
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
     """Blocks in a step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 4e-4
     """Of AdamW, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the learning rate rises; it then falls by a cosine."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Of AdamW."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
@@ -146,7 +148,7 @@ class SearchSpec(_Table):
     """Optuna's; `tpe` is the multivariate one, `gp` needs the extra of that name."""
     trials: Positive = 40
     """Finished trials of the whole study."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampler and of the fine-tunes' order of blocks."""
     min_kept: Fraction = 0.3
     """Smallest kept fraction of the target layers that is proposed."""
@@ -154,7 +156,7 @@ class SearchSpec(_Table):
     """Largest kept fraction of the target layers that is proposed."""
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
     """Kept fractions of the target layers whose closed-form and uniform rank maps are measured first."""
-    multiplier_range: Annotated[float, Field(gt=0)] = 0.5
+    multiplier_range: Annotated[float, Field(gt=0, le=20)] = 0.5
     """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
 
     @field_validator("ladder", mode="before")
@@ -178,7 +180,7 @@ class RunSpec(_Table):
     """Working folder (blocks, factor banks), relative to the study file."""
     score_batch_blocks: Positive = 8
     """Blocks in a batch of scoring and of calibration."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; None leaves torch's default."""
 
 
@@ -263,7 +265,7 @@ def load_study_file(path: Path | str) -> StudyFile:
         raise StudyFileError(f"study file {path}: {reason}") from None
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits is a plain ValueError
         raise StudyFileError(f"study file {path} is not valid TOML: {error}") from None
     return StudyFile(spec=parse_study(tables, where=f"study file {path}"), folder=path.parent)
 
@@ -274,8 +276,13 @@ def parse_study(tables: dict[str, Any], *, where: str) -> StudySpec:
     Raises:
         StudyFileError: one line that names the first field against the schema.
     """
+
+
+    def refuse_date(value: object) -> None:
+        raise StudyFileError(f"{where}: no key takes a date or time, as {value} is; put text in quotes")
+
     try:
-        return StudySpec.model_validate_json(json.dumps(tables, default=str))
+        return StudySpec.model_validate_json(json.dumps(tables, default=refuse_date))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -26,6 +26,9 @@ _BROKEN_PIPE = 1
 
 def main() -> None:
     """Entry of the ``rank-search`` console script."""
+    # Before torch is loaded: several workers on one host would otherwise spin away each other's cores, for a trial of
+    # 2 s took up to 64 s beside another one on two cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_command(sys.argv[1:]))
 
 

@@ -60,7 +60,7 @@ def token_blocks(
         raise DataError(
             f"token blocks {path}: {error.strerror or error}; free the space or move run.work_dir"
         ) from None
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"token blocks {path} are damaged ({error}); delete the file") from None
     return blocks
 

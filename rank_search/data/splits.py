@@ -27,6 +27,7 @@ class Splits:
     train: Blocks
     validation: Blocks
     calibration_digest: str
+    train_digest: str
     validation_digest: str
 
 
@@ -60,8 +61,8 @@ def make_splits(
         own_text = read_text(own)
         _refuse_same_text("validation", own_text, "train", text)
         validation = cutter.first(own_text, "validation", spec.validation_blocks)
-    calibration = blocks[:seen]
-    return Splits(calibration, blocks[seen:last], validation, blocks_digest(calibration), blocks_digest(validation))
+    parts = blocks[:seen], blocks[seen:last], validation
+    return Splits(*parts, *map(blocks_digest, parts))
 
 
 def make_test_blocks(

@@ -149,6 +149,8 @@ def open_or_build(
     try:
         bank = open_bank(folder, key)
         if bank is None:
+            for stale in path.parent.glob(f".{path.name}.*"):
+                stale.unlink(missing_ok=True)  # of a process that was killed as it wrote, since the lock is ours
             _write(path, key, build(), made)
             bank = open_bank(folder, key)
             assert bank is not None

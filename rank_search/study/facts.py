@@ -19,7 +19,7 @@ class StudyFacts:
         weights_digest: SHA-256 of the weights.
         shapes: the target layers.
         model_params: parameters of the whole dense model, tied weights once.
-        calibration_digest: SHA-256 of the calibration blocks.
+        calibration_digest, train_digest, validation_digest: SHA-256 of the blocks.
         bank: key of the factor bank.
         folder: what the study file's relative paths started from when the study was made; may differ later.
     """
@@ -30,6 +30,8 @@ class StudyFacts:
     shapes: tuple[LayerShape, ...]
     model_params: int
     calibration_digest: str
+    train_digest: str
+    validation_digest: str
     bank: str
     folder: str = ""
 

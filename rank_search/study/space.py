@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 
 from rank_search.allocation import Allocator
 from rank_search.errors import BudgetError, RankMapError, StudyFileError
-from rank_search.ranks import LayerShape, RankMap
+from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.spec import SearchSpec
 
 Params = dict[str, float]
@@ -62,6 +62,19 @@ class SearchSpace(Protocol):
         """The parameters that decode to a seed's rank map."""
 
 
+def check_range(search: SearchSpec, space: RankSpace) -> None:
+    """Refuse a ladder or a range of kept fractions that the layers cannot meet, before anything is computed.
+
+    Raises:
+        BudgetError: a kept fraction below what the smallest ranks need.
+        StudyFileError: a ladder that leaves the range.
+    """
+    if search.space == "multipliers":
+        _kept_range(search, space)
+    for kept in search.ladder:
+        space.budget(kept)
+
+
 def make_space(search: SearchSpec, allocator: Allocator) -> SearchSpace:
     """The space that a study file asks for.
 
@@ -83,14 +96,14 @@ class MultiplierSpace:
     u is the sum of ``u.<group>`` of its layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the
     Legendre polynomials P1(x) = x and P2(x) = (3x² - 1) / 2 of its depth x, scaled to [-1, 1] over the model. Terms
     that would scale all layers alike change nothing and are left out: a single layer type's, the linear one at a
-    single depth, the quadratic one at
-    fewer than three.
+    single depth, the quadratic one at fewer
+    than three.
     """
 
     def __init__(self, search: SearchSpec, allocator: Allocator) -> None:
         self._search = search
         self._allocator = allocator
-        self._kept = _kept_range(search, allocator)
+        self._kept = _kept_range(search, allocator.space)
         shapes = allocator.space.shapes
         groups = sorted({shape.group for shape in shapes})
         self._groups = groups if len(groups) > 1 else []
@@ -167,16 +180,16 @@ class DirectSpace:
         }
 
 
-def _kept_range(search: SearchSpec, allocator: Allocator) -> tuple[float, float]:
+def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
     """The study's range of kept fractions, its lower end raised to what the smallest ranks need."""
-    least = _least_kept(allocator)
+    least = _least_kept(space)
     low, high = max(search.min_kept, least), search.max_kept
     if high < low:
         raise BudgetError(
             f"search.max_kept is {high:g}, but the smallest ranks need {least:.4g} of the target layers; raise it"
         )
     for kept in search.ladder:
-        allocator.space.budget(kept)
+        space.budget(kept)
         if not low <= kept <= high:
             raise StudyFileError(
                 f"search.ladder holds {kept:g}, outside search.min_kept to search.max_kept ({low:.4g} to {high:g}); "
@@ -185,10 +198,10 @@ def _kept_range(search: SearchSpec, allocator: Allocator) -> tuple[float, float]
     return low, high
 
 
-def _least_kept(allocator: Allocator) -> float:
-    """The smallest kept fraction that the allocator accepts."""
-    kept = allocator.space.min_params / allocator.space.dense_params
+def _least_kept(space: RankSpace) -> float:
+    """The smallest kept fraction that has a budget."""
+    kept = space.min_params / space.dense_params
     # Rounding the quotient down may lose the last parameter; RankSpace.budget rounds to the nearest millionth.
-    while int(kept * allocator.space.dense_params + 1e-6) < allocator.space.min_params:
+    while int(kept * space.dense_params + 1e-6) < space.min_params:
         kept = math.nextafter(kept, 2.0)
     return kept
