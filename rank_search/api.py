@@ -107,7 +107,7 @@ def run(
     from rank_search.trial import Evaluator
     from rank_search.worker import work
 
-    prepared = prepare_study(file, progress=progress, check=lambda space: check_range(file.spec.search, space))
+    prepared = prepare_study(file, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
     opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared))
     try:
         if opened.finished() < wanted:
@@ -131,7 +131,7 @@ def allocate(
     """
     from rank_search.preparing import prepare as prepare_study
 
-    prepared = prepare_study(_file(study), progress=progress, check=lambda space: space.budget(kept))
+    prepared = prepare_study(_file(study), progress=progress, check=lambda space, _: space.budget(kept))
     rule = prepared.allocator.closed_form if allocation == "closed form" else prepared.allocator.uniform
     return RankMapFile.of(
         rule(kept), prepared.space, prepared.spec, weights_digest=prepared.loaded.weights_digest,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
 from rank_search.preparing import prepare
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import RankSpace
 from rank_search.score import Score, score
 from rank_search.spec import DataSpec, ModelSpec, StudyFile, StudySpec
 from rank_search.trial import Evaluator
@@ -48,8 +46,9 @@ def apply_rank_map(
             f"rank map file {path} counts {file.storage} storage, which checkpoints cannot hold; use two-factor"
         )
     study = StudyFile(spec=_recipe(file, model, finetune, device), folder=path.parent)
-    prepared = prepare(study, progress=progress, check=_fits(file))
-    file.check_fits(prepared.space.shapes, prepared.loaded.weights_digest)
+    prepared = prepare(
+        study, progress=progress, check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest)
+    )
     evaluator = Evaluator(prepared)
     with evaluator.applied(file.rank_map, progress) as applied:
         with progress.step("checkpoint"):
@@ -75,10 +74,6 @@ def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str) -
     return recipe.model_copy(update=changes)
 
 
-def _fits(file: RankMapFile) -> Callable[[RankSpace], None]:
-    return lambda space: file.check_fits(space.shapes)
-
-
 def load_any(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel:
     """A pretrained model, or a compressed checkpoint of this package.
 
@@ -92,7 +87,7 @@ def load_any(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel
 
 
 def evaluate_model(
-    spec: ModelSpec, data: DataSpec, *, split: str = "train", blocks: int | None, batch_blocks: int, device: str,
+    spec: ModelSpec, data: DataSpec, *, blocks: int | None, batch_blocks: int, device: str,
     work_dir: Path | None, progress: Progress = SILENT,
 ) -> ModelScore:  # fmt: skip
     """Loss on one text; see :func:`rank_search.api.evaluate`."""

@@ -68,11 +68,14 @@ class Prepared:
 
 
 def prepare(
-    study: StudyFile, *, progress: Progress = SILENT, check: Callable[[RankSpace], object] = lambda _space: None
+    study: StudyFile,
+    *,
+    progress: Progress = SILENT,
+    check: Callable[[RankSpace, str], object] = lambda _space, _weights_digest: None,
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
-    ``check`` may refuse the rank space before anything is computed or written.
+    ``check`` may refuse the rank space or the digest of the weights before anything is computed or written.
 
     Raises:
         InputError: what the study file asks for is not there or does not fit together.
@@ -88,7 +91,7 @@ def prepare(
         loaded = load_model(spec.model, study.folder, device)
     targets = find_targets(loaded.model, spec.targets)
     space = rank_space(loaded.model, targets, spec.targets)
-    check(space)
+    check(space, loaded.weights_digest)
     check_length(spec.data.sequence_length, loaded.max_length)
     loaded_at = time.perf_counter()
     splits = make_splits(spec.data, loaded.tokenizer, study.folder, study.work_dir, progress)

@@ -21,7 +21,7 @@ Space = Literal["multipliers", "direct"]
 Sampler = Literal["tpe", "nsga2", "gp", "random"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Name = Annotated[str, Field(min_length=1)]
 
 PYTHON_DOCS = "python-docs"
@@ -115,7 +115,7 @@ class FinetuneSpec(_Table):
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
     """Blocks in a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 4e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 4e-4
     """Of AdamW, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the learning rate rises; it then falls by a cosine."""
@@ -174,7 +174,7 @@ class SearchSpec(_Table):
 class RunSpec(_Table):
     """``[run]``: where and how it runs; nothing here changes what a measurement means."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,9})?)$")] = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     work_dir: str = "work"
     """Working folder (blocks, factor banks), relative to the study file."""
@@ -276,7 +276,6 @@ def parse_study(tables: dict[str, Any], *, where: str) -> StudySpec:
     Raises:
         StudyFileError: one line that names the first field against the schema.
     """
-
 
     def refuse_date(value: object) -> None:
         raise StudyFileError(f"{where}: no key takes a date or time, as {value} is; put text in quotes")

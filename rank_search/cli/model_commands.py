@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,7 +61,7 @@ def apply(
         typer.echo(f"the rank map file has {recorded.loss:.4f} ± {recorded.standard_error:.4f} ({recorded.fidelity})")
     trust = ", trust_remote_code=True" if form == "factored" else ""
     typer.echo(f'Load it:     transformers.AutoModelForCausalLM.from_pretrained("{output}"{trust})')
-    typer.echo(f"Evaluate it: rank-search evaluate {output} --data python-docs")
+    typer.echo(f"Evaluate it: rank-search evaluate {shlex.quote(str(output))} --data python-docs")
 
 
 def _check_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,26 +11,31 @@ import torch
 
 from rank_search.errors import DeviceError
 
+_GPU = re.compile(r"cuda(?::(\d{1,9}))?")
+
 
 def resolve_device(name: str) -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` as a device that is there.
 
     Raises:
-        DeviceError: a GPU was asked for that this machine does not have.
+        DeviceError: another name, or a GPU that this machine does not have.
     """
     # cuBLAS reads this when it starts; without it, it may sum in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise DeviceError(
-                f"device {name!r} was asked for, but this machine has {count} usable GPUs; use 'auto' or 'cpu'"
-            )
-        device = torch.device("cuda", device.index or 0)
-    return device
+    if name == "cpu":
+        return torch.device("cpu")
+    gpu = _GPU.fullmatch(name)
+    if gpu is None:
+        raise DeviceError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(gpu[1] or 0)
+    if index >= count:
+        raise DeviceError(
+            f"device {name!r} was asked for, but this machine has {count} usable GPUs; use 'auto' or 'cpu'"
+        )
+    return torch.device("cuda", index)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:

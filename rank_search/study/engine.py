@@ -145,7 +145,9 @@ def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:
     try:
         engine = create_engine(url, **engine_kwargs(url))
     except ModuleNotFoundError as error:
-        wanted = "rank-search[postgresql]" if url.get_backend_name() == "postgresql" else error.name
+        # Other drivers' packages have the name of their module.
+        packages = {"psycopg": "rank-search[postgresql]", "MySQLdb": "mysqlclient"}
+        wanted = packages.get(error.name or "", error.name)
         raise StorageError(f"database {shown(url)} needs a driver; pip install '{wanted}'") from None
     except NoSuchModuleError:
         raise StorageError(f"database {shown(url)} is of no known kind; {_ADVICE}") from None

@@ -19,8 +19,10 @@ class StudyFacts:
         weights_digest: SHA-256 of the weights.
         shapes: the target layers.
         model_params: parameters of the whole dense model, tied weights once.
-        calibration_digest, train_digest, validation_digest: SHA-256 of the blocks.
+        calibration_digest: SHA-256 of the calibration blocks.
         bank: key of the factor bank.
+        train_digest, validation_digest: SHA-256 of these blocks. Empty in studies made before they were kept: those
+            can be read, but not resumed.
         folder: what the study file's relative paths started from when the study was made; may differ later.
     """
 
@@ -30,9 +32,9 @@ class StudyFacts:
     shapes: tuple[LayerShape, ...]
     model_params: int
     calibration_digest: str
-    train_digest: str
-    validation_digest: str
     bank: str
+    train_digest: str = ""
+    validation_digest: str = ""
     folder: str = ""
 
     def to_json(self) -> str:

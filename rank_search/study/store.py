@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Engine, Select, func, select
 from sqlalchemy.engine import URL
@@ -318,7 +318,14 @@ def _to_json(rank_map: RankMap) -> str:
 
 
 def _from_json(text: str) -> RankMap:
-    return RankMap(json.loads(text))
+    return RankMap(_stored_json(text, "a rank map"))
+
+
+def _stored_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StorageError(f"{what} in the database is damaged ({error}); restore the database") from None
 
 
 def _spec_json(spec: StudySpec) -> str:
@@ -327,7 +334,9 @@ def _spec_json(spec: StudySpec) -> str:
 
 
 def _spec(row: StudyRow) -> StudySpec:
-    return parse_study(json.loads(row.spec), where=f"study {row.name!r} in the database")
+    return parse_study(
+        _stored_json(row.spec, f"the file of study {row.name!r}"), where=f"study {row.name!r} in the database"
+    )
 
 
 def _study_record(row: StudyRow) -> StudyRecord:

@@ -40,6 +40,8 @@ def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
         "shapes": allocator.space.shapes,
         "model_params": allocator.space.model_params,
         "calibration_digest": "c" * 64,
+        "train_digest": "t" * 64,
+        "validation_digest": "v" * 64,
         "bank": "b" * 64,
     }
     return StudyFacts(**{**values, **changes})

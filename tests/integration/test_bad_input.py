@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .conftest import MakeStudy, rank_search
 
@@ -58,6 +59,11 @@ BAD_STUDIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no trials": ({"search__trials": 0}, ("search.trials", "greater than or equal to 1", "0")),
     "ladder above 1": ({"search__ladder": [1.5]}, ("search.ladder", "less than or equal to 1", "1.5")),
     "ladder below the smallest ranks": ({"search__ladder": [0.001]}, ("0.001", "keep at least")),
+    "ladder outside the range": ({"search__min_kept": 0.6}, ("ladder holds 0.5", "outside", "change one of them")),
+    "sampler that does not suit": (
+        {"search__sampler": "gp", "search__space": "direct"},
+        ("'gp'", "take space = 'multipliers'"),
+    ),
     "min above max": ({"search__min_kept": 0.96}, ("min_kept (0.96)", "max_kept (0.95)")),
     "no such model": ({"model__source": "./missing"}, ("'./missing'", "give a model folder")),
     "model of another kind": ({"model__source": "text.txt"}, ("'text.txt'", "give a model folder")),
@@ -127,6 +133,7 @@ def test_unreachable_database_hides_its_password(tmp_path: Path, make_study: Mak
 def test_storage_that_is_none(tmp_path: Path, make_study: MakeStudy) -> None:
     study = make_study(tmp_path)
     text = tmp_path / "text.txt"
+    refused(tmp_path, "run", study, "--storage", "", says=("not a database URL",))
     refused(tmp_path, "run", study, "--storage", "nonsense", says=("not a database URL", "sqlite:///"))
     refused(tmp_path, "status", study, "--storage", f"sqlite:///{tmp_path}/no/x.db", says=("no/x.db", "--storage"))
     refused(tmp_path, "run", study, "--storage", f"sqlite:///{text}", says=("text.txt",))
@@ -180,6 +187,17 @@ def test_rank_map_of_another_model(searched: Path, tmp_path: Path, other_model_f
     assert not (tmp_path / "out").exists()
 
 
+def test_rank_map_of_other_weights(searched: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Of the same shapes: refused before a bank is built for them."""
+    other = shutil.copytree(tiny_model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("apply", searched / "rank_map.json", "-o", tmp_path / "out", "--model", other)
+    refused(searched, *arguments, says=("was made for weights", "but this model has"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_rank_map_file(searched: Path, tmp_path: Path) -> None:
     out, bad = tmp_path / "out", tmp_path / "bad.json"
     table = json.loads((searched / "rank_map.json").read_text())
@@ -202,6 +220,8 @@ def test_apply_to_a_folder_in_the_way(searched: Path) -> None:
         searched,
         says=(str(searched), "not empty", "another folder"),
     )
+    under_a_file = searched / "text.txt" / "out"
+    refused(searched, "apply", searched / "rank_map.json", "-o", under_a_file, says=("text.txt is a file",))
     arguments = ("apply", searched / "rank_map.json", "-o", searched / "out", "--device", "cuda:99")
     refused(searched, *arguments, says=("'cuda:99'", "use 'auto' or 'cpu'"))
 
@@ -213,6 +233,7 @@ def test_apply_to_a_folder_in_the_way(searched: Path) -> None:
         (["--data", "python-docs", "--sequence-length", "1"], ("--sequence-length", "2", "1")),
         (["--data", "python-docs", "--sequence-length", "65"], ("at most 64", "65")),
         (["--data", "python-docs", "--device", "cuda:99"], ("'cuda:99'", "'cpu'")),
+        (["--data", "python-docs", "--device", "mps"], ("'mps'", "auto, cpu, cuda or cuda:N")),
         (["--data", "python-docs", "--blocks", "0"], ("--blocks", "'0'")),
         ([], ("--data", "rank-search evaluate --help")),
     ],

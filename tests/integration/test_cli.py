@@ -15,10 +15,12 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from rank_search import api
+from rank_search import api, applying
 from rank_search.cli import tables
 from rank_search.cli.progress import TerminalProgress, duration
+from rank_search.errors import RankMapError
 from rank_search.export.rank_map_file import RankMapFile
+from rank_search.spec import StudyFile
 from rank_search.trial import Evaluator
 
 from .conftest import MakeStudy, Result, rank_search
@@ -233,6 +235,24 @@ def test_apply_writes_the_measured_model(study: Path, tmp_path: Path, form: str)
     )
     assert found["num_params"] == (measured.num_params if form == "factored" else dense)
     assert found["tokens"] > 0
+
+
+def test_apply_takes_the_commit_that_was_measured(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study file may name a branch, which has moved on since."""
+    file = api.export(study, knee=True)
+    recipe = file.recipe.model_copy(update={"model": file.recipe.model.model_copy(update={"revision": "main"})})
+    record = file.model.model_copy(update={"revision": "c0ffee"})
+    file.model_copy(update={"model": record, "recipe": recipe}).write(tmp_path / "rank_map.json", folder=study.parent)
+    asked = []
+
+    def refuse(study: StudyFile, **_arguments: object) -> None:
+        asked.append(study.spec.model.revision)
+        raise RankMapError("far enough")
+
+    monkeypatch.setattr(applying, "prepare", refuse)
+    with pytest.raises(RankMapError, match="far enough"):
+        api.apply(tmp_path / "rank_map.json", tmp_path / "compressed")
+    assert asked == ["c0ffee"]
 
 
 def test_evaluate_prints_loss_and_parameters(study: Path, tiny_model_folder: Path) -> None:

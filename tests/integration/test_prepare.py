@@ -115,7 +115,7 @@ def test_the_allocator_predicts_by_the_banks_singular_values(tiny_study: StudyFa
 def test_a_check_refuses_before_anything_is_written(tiny_study: StudyFactory) -> None:
     path = tiny_study()
 
-    def refuse(space: RankSpace) -> None:
+    def refuse(space: RankSpace, _weights_digest: str) -> None:
         space.budget(0.0001)
 
     with pytest.raises(BudgetError):

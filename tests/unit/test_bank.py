@@ -234,6 +234,14 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch: pyte
     assert _files(tmp_path) == []
 
 
+def test_what_a_killed_process_left_of_a_bank_is_removed(tmp_path: Path) -> None:
+    path = bank_path(tmp_path, KEY)
+    path.parent.mkdir()
+    path.with_name(f".{path.name}.12345").write_bytes(b"half a bank")
+    open_or_build(tmp_path, KEY, _factors, MADE)
+    assert _files(tmp_path) == [path.name]
+
+
 def _build_with_a_limit(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
     with pytest.raises(BankError, match=r"^factor bank [^\n]* cannot be written: [^\n]*$"):

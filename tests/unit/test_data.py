@@ -248,9 +248,10 @@ def test_damaged_blocks_are_refused_by_name(tmp_path: Path, tokenizer: PreTraine
     text = text_of(prose(9))
     token_blocks(text, tokenizer, 32, work_dir=tmp_path)
     (file,) = (tmp_path / "blocks").glob("*.npy")
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(DataError, match=f"{file.name} are damaged"):
-        token_blocks(text, tokenizer, 32, work_dir=tmp_path)
+    for length in (200, 0):
+        file.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(DataError, match=f"{file.name} are damaged"):
+            token_blocks(text, tokenizer, 32, work_dir=tmp_path)
 
 
 def test_sequences_longer_than_the_model_are_refused() -> None:
@@ -283,6 +284,7 @@ def test_asked_for_numbers_of_blocks_are_kept_and_validation_stays_at_the_end(
     np.testing.assert_array_equal(splits.train, whole[4:11])
     np.testing.assert_array_equal(splits.validation, whole[-3:])
     assert splits.calibration_digest == blocks_digest(whole[:4])
+    assert splits.train_digest == blocks_digest(whole[4:11])
     assert splits.validation_digest == blocks_digest(whole[-3:])
 
 

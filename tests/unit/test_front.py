@@ -100,12 +100,13 @@ def test_the_knee_is_farthest_below_the_line_between_the_ends() -> None:
 
 
 def test_an_empty_front_has_no_points_to_choose() -> None:
-    with pytest.raises(BudgetError, match="no point of the front keeps"):
-        Front().at_most_kept(0.5)
-    with pytest.raises(BudgetError, match="no point of the front has at most 5 parameters"):
-        Front().at_most_params(5)
-    with pytest.raises(BudgetError, match="no point of the front has a validation loss"):
-        Front().at_most_loss(5)
+    choices = (
+        lambda: Front().at_most_kept(0.5), lambda: Front().at_most_params(5), lambda: Front().at_most_loss(5),
+        lambda: Front().knee(),
+    )  # fmt: skip
+    for choose in choices:
+        with pytest.raises(BudgetError, match="the front is empty; run the study first"):
+            choose()
 
 
 @given(outcomes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,28 @@ def test_a_study_whose_budget_is_in_tokens_is_stored(tmp_path: Path) -> None:
     assert stored.digest == spec.digest
 
 
+@pytest.mark.parametrize(
+    ("change", "read", "message"),
+    [
+        ("UPDATE rank_search_studies SET spec = '{'", StudyStore.study, "the file of study 'tiny' in the database is"),
+        ("UPDATE rank_search_trials SET rank_map = '['", StudyStore.trials, "a rank map in the database is damaged"),
+    ],
+)
+def test_what_is_damaged_in_a_database_is_said_in_one_line(
+    tmp_path: Path, change: str, read: Callable[[StudyStore, str], object], message: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = open_study(url)
+    study.ask()
+    study.close()
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(change)
+    engine.dispose()
+    with StudyStore(url) as store, pytest.raises(StorageError, match=message):
+        read(store, "tiny")
+
+
 def test_facts_round_trip() -> None:
     facts = make_facts(make_allocator(), revision="abc")
     assert StudyFacts.from_json(facts.to_json()) == facts
@@ -134,7 +157,15 @@ def test_damaged_facts_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("revision", "abc"), ("model_params", 7), ("calibration_digest", "x"), ("bank", "x")]
+    ("field", "value"),
+    [
+        ("revision", "abc"),
+        ("model_params", 7),
+        ("calibration_digest", "x"),
+        ("train_digest", "x"),
+        ("validation_digest", "x"),
+        ("bank", "x"),
+    ],
 )
 def test_changed_facts_are_named(field: str, value: object) -> None:
     allocator = make_allocator()

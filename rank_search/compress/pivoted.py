@@ -1,0 +1,137 @@
+"""Pivoted storage: r rows of a rank-r matrix, and the coefficients that the others are made of.
+
+``Ŵ = B C`` with ``B`` (m, r) has r independent rows ``p``; with ``T = B_q B_p⁻¹`` for the other rows ``q``,
+``Ŵ_q = T Ŵ_p``. That is r n + (m - r) r = r (m + n - r) numbers for the same function (PIFA: Zhao et al., 2025;
+the gauge-aligned form of FlexRank, 2026).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from rank_search.compress.low_rank import LowRankLinear
+
+GROWTH = 1.05
+"""Rows are exchanged until no coefficient is larger than this in magnitude."""
+_MAX_EXCHANGES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Independent rows of a matrix.
+
+    Attributes:
+        kept: indices of the r kept rows.
+        rest: indices of the other rows, ascending.
+        coefficients: T, row i of the rest = ``coefficients[i] @ kept rows``; no entry far above 1 in magnitude.
+    """
+
+    kept: Int64[Tensor, " rank"]
+    rest: Int64[Tensor, " rest"]
+    coefficients: Float64[Tensor, "rest rank"]
+
+    @property
+    def growth(self) -> float:
+        """Largest coefficient in magnitude; rounding errors grow by about this."""
+        return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
+
+
+def independent_rows(B: Float[Tensor, "m rank"]) -> Rows:
+    """r rows of ``B`` that span all others with small coefficients.
+
+    Partial pivoting on an orthonormal basis of B's columns gives the first choice; then the largest coefficient's row
+    replaces the row that it multiplies, as long as that enlarges the kept rows' volume by more than 5 % (Goreinov et
+    al., "How to find a good submatrix", 2010). B of smaller rank than r is completed: its basis is orthonormal anyway.
+    """
+    m, rank = B.shape
+    Q, _ = torch.linalg.qr(B.double())
+    _, pivots = torch.linalg.lu_factor(Q)
+    order = _permutation(pivots, m)
+    # Coefficients of all rows over the kept ones; a kept row's are a unit vector.
+    C = torch.linalg.solve(Q[order[:rank]].T, Q.T).T
+    kept = order[:rank].clone()
+    for _ in range(_MAX_EXCHANGES):
+        position = int(C.abs().argmax())
+        i, j = divmod(position, rank)
+        value = C[i, j].clone()
+        if float(value.abs()) <= GROWTH:
+            break
+        # Rank-one update: row i comes in for the j-th kept row.
+        step = C[i].clone()
+        step[j] -= 1
+        C -= torch.outer(C[:, j] / value, step)
+        kept[j] = i
+    inside = torch.zeros(m, dtype=torch.bool, device=B.device)
+    inside[kept] = True
+    rest = torch.arange(m, device=B.device)[~inside]
+    # Solved once more: the updates' rounding errors do not stay.
+    T = torch.linalg.solve(Q[kept].T, Q[rest].T).T
+    return Rows(kept, rest, T)
+
+
+class PivotedLinear(nn.Module):
+    """``y = (h, T h)`` in the order of the outputs, plus the bias, with ``h = kept x``: pivoted storage."""
+
+    order: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        kept: Float[Tensor, "rank n"],
+        coefficients: Float[Tensor, "rest rank"],
+        order: Int64[Tensor, " m"],
+        bias: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        rank, n = kept.shape
+        self.kept = nn.Linear(n, rank, bias=False, device="meta")
+        self.rest = nn.Linear(rank, len(coefficients), bias=False, device="meta")
+        self.kept.weight = nn.Parameter(kept)
+        self.rest.weight = nn.Parameter(coefficients)
+        self.register_buffer("order", order)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def of(cls, layer: LowRankLinear) -> PivotedLinear:
+        """The same function as a layer in two-factor storage."""
+        outer, inner = layer.outer.weight.detach(), layer.inner.weight.detach()
+        rows = independent_rows(outer)
+        kept = outer[rows.kept].double() @ inner.double()
+        order = torch.cat([rows.kept, rows.rest]).argsort()
+        bias = layer.outer.bias
+        return cls(kept.to(inner.dtype), rows.coefficients.to(outer.dtype), order, bias)
+
+    def two_factor(self) -> LowRankLinear:
+        """The same function in two-factor storage."""
+        rank = self.rank
+        unit = torch.eye(rank, dtype=self.rest.weight.dtype, device=self.rest.weight.device)
+        outer = torch.cat([unit, self.rest.weight.detach()])[self.order]
+        return LowRankLinear(self.kept.weight.detach().clone(), outer, self.bias)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.kept.out_features
+
+    @property
+    def growth(self) -> float:
+        """Largest coefficient in magnitude."""
+        return float(self.rest.weight.detach().abs().max()) if self.rest.weight.numel() else 0.0
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """r outputs from x, the others from them."""
+        h = self.kept(x)
+        y = torch.cat([h, self.rest(h)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+
+def _permutation(pivots: Tensor, m: int) -> Int64[Tensor, " m"]:
+    """LAPACK's successive row exchanges (from 1) as one order of the rows."""
+    order = list(range(m))
+    for i, pivot in enumerate(pivots.tolist()):
+        order[i], order[pivot - 1] = order[pivot - 1], order[i]
+    return torch.tensor(order, device=pivots.device)
