@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rank_search.errors import BudgetError, RankMapError, StorageError
+from rank_search.errors import BudgetError, DataError, RankMapError, StorageError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
 from rank_search.progress import SILENT, Progress
@@ -97,7 +97,7 @@ def run(
     file = _file(study)
     wanted = _wanted(trials, file)
     url = storage_url(storage, file)
-    _refuse_other_meaning(url, file)
+    pinned = _as_stored(url, file)
     from rank_search.study.samplers import check_sampler
     from rank_search.study.space import check_range
 
@@ -107,7 +107,7 @@ def run(
     from rank_search.trial import Evaluator
     from rank_search.worker import work
 
-    prepared = prepare_study(file, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
+    prepared = prepare_study(pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
     opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared))
     try:
         if opened.finished() < wanted:
@@ -210,7 +210,7 @@ def study_folder(study: StudyLike, *, storage: str | None = None) -> Path:
 def apply(
     rank_map_file: Path | str, out: Path | str, *, model: str | None = None, finetune: bool = True,
     form: Literal["factored", "dense"] = "factored", dtype: str = "float32", device: str = "auto",
-    progress: Progress = SILENT,
+    trust_remote_code: bool = False, progress: Progress = SILENT,
 ) -> Evaluation:  # fmt: skip
     """Write the compressed model of a rank map file as a checkpoint folder, and return its validation loss.
 
@@ -219,8 +219,9 @@ def apply(
 
     Args:
         model: another place of the same weights (hub id, folder or GGUF file).
-        form: ``factored`` keeps the factors, ``dense`` multiplies them out.
+        form: ``factored`` keeps the matrices of low rank in the file's storage form, ``dense`` multiplies them out.
         dtype: of the stored weights: float32, bfloat16 or float16.
+        trust_remote_code: allow the model to run its own code, whatever the file says.
 
     Raises:
         RankMapError: the rank map is for another model; names the first module that does not fit.
@@ -229,29 +230,40 @@ def apply(
     from rank_search.applying import apply_rank_map
 
     result = apply_rank_map(
-        Path(rank_map_file),
-        Path(out),
-        model=model,
-        finetune=finetune,
-        form=form,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-    )
+        Path(rank_map_file), Path(out), model=model, finetune=finetune, form=form, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
     return _evaluation(result)
 
 
 def evaluate(
-    model: str, data: DataSpec, *, blocks: int | None = None, batch_blocks: int = 8, device: str = "auto",
-    revision: str | None = None, trust_remote_code: bool = False, work_dir: Path | None = None,
-    progress: Progress = SILENT,
+    model: str, data: DataSpec | None = None, *, study: StudyLike | None = None, blocks: int | None = None,
+    batch_blocks: int | None = None, device: str = "auto", revision: str | None = None,
+    trust_remote_code: bool = False, work_dir: Path | None = None, progress: Progress = SILENT,
 ) -> Evaluation:  # fmt: skip
-    """Loss of a model or a compressed checkpoint on ``data.train``, cut into blocks of ``data.sequence_length``."""
+    """Loss of a model or a compressed checkpoint on ``data.train``, or on the test blocks of a study.
+
+    Args:
+        data: the text, cut into blocks of ``data.sequence_length``; its paths start from the current folder.
+        study: a study whose ``data.test`` is the text, cut as the study's other texts.
+        blocks: only the first so many; None takes all, of a study its ``data.test_blocks``.
+        batch_blocks: blocks in a batch; None takes the study's ``run.score_batch_blocks``, else 8.
+        work_dir: where token blocks are kept; None takes the study's working folder, else keeps none.
+
+    Raises:
+        DataError: both or none of ``data`` and ``study`` were given, the study has no ``data.test``, or the text is
+            missing or too short, or shares text with the study's train or validation.
+        ModelError: the model cannot be loaded.
+    """
+    if (data is None) == (study is None):
+        raise DataError(f"evaluate takes either data or study, not {'none' if data is None else 'both'} of them")
+    text = data if study is None else _file(study)
+    assert text is not None
     from rank_search.applying import evaluate_model
 
     spec = ModelSpec(source=model, revision=revision, trust_remote_code=trust_remote_code)
     result = evaluate_model(
-        spec, data, blocks=blocks, batch_blocks=batch_blocks, device=device, work_dir=work_dir, progress=progress
+        spec, text, blocks=blocks, batch_blocks=batch_blocks, device=device, work_dir=work_dir, progress=progress
     )
     return _evaluation(result)
 
@@ -311,13 +323,21 @@ def _wanted(trials: int | None, file: StudyFile) -> int:
     return file.spec.search.trials if trials is None else trials
 
 
-def _refuse_other_meaning(url: str, file: StudyFile) -> None:
-    """Say before minutes of preparation, not after, that a study cannot be resumed or its database not be reached."""
+def _as_stored(url: str, file: StudyFile) -> StudyFile:
+    """The study file, with a hub model's revision pinned to the commit that the stored study resolved it to.
+
+    A branch may have moved on since. What cannot be resumed or reached is refused here, before minutes of preparation.
+    """
     from rank_search.study.store import find_study
 
     stored = find_study(url, file.spec.name)
-    if stored is not None:
-        file.spec.check_same_meaning(stored.spec)
+    if stored is None:
+        return file
+    file.spec.check_same_meaning(stored.spec)
+    if stored.facts.revision is None:
+        return file
+    model = file.spec.model.model_copy(update={"revision": stored.facts.revision})
+    return StudyFile(spec=file.spec.model_copy(update={"model": model}), folder=file.folder)
 
 
 def facts_of(prepared: Prepared) -> StudyFacts:

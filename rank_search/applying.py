@@ -8,21 +8,26 @@ from pathlib import Path
 
 import torch
 
-from rank_search.compress.checkpoint import Form, check_free, is_compressed, load_checkpoint, save_checkpoint
-from rank_search.data.blocks import check_length
+from rank_search.compress.checkpoint import Form, Layers, is_compressed, load_checkpoint, save_checkpoint
+from rank_search.compress.folder import check_free
+from rank_search.compress.low_rank import place
+from rank_search.compress.pivoted import PivotedLinear
+from rank_search.data.blocks import Blocks, check_length
 from rank_search.data.sources import Source
-from rank_search.data.splits import eval_blocks
+from rank_search.data.splits import check_names_test, eval_blocks, make_test_blocks
 from rank_search.errors import RankMapError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
-from rank_search.preparing import prepare
+from rank_search.preparing import Prepared, prepare
 from rank_search.progress import SILENT, Progress
 from rank_search.score import Score, score
 from rank_search.spec import DataSpec, ModelSpec, StudyFile, StudySpec
 from rank_search.trial import Evaluator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BATCH_BLOCKS = 8
+"""Blocks in a batch of scoring, where no study says another number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,41 +39,72 @@ class ModelScore:
 
 
 def apply_rank_map(
-    path: Path, out: Path, *, model: str | None, finetune: bool, form: Form, dtype: str, device: str, progress: Progress
+    path: Path,
+    out: Path,
+    *,
+    model: str | None,
+    finetune: bool,
+    form: Form,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> ModelScore:
     """Write the compressed model of a rank map file; see :func:`rank_search.api.apply`."""
     if dtype not in DTYPES:
         raise RankMapError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     check_free(out)  # before the fine-tune, not after it
     file = RankMapFile.read(path)
-    if file.storage != "two-factor":
-        raise RankMapError(
-            f"rank map file {path} counts {file.storage} storage, which checkpoints cannot hold; use two-factor"
-        )
-    study = StudyFile(spec=_recipe(file, model, finetune, device), folder=path.parent)
+    study = StudyFile(
+        spec=_recipe(file, model, finetune, device, trust_remote_code=trust_remote_code), folder=path.parent
+    )
     prepared = prepare(
         study, progress=progress, check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest)
     )
+    _check_calibration(file, prepared)
     evaluator = Evaluator(prepared)
     with evaluator.applied(file.rank_map, progress) as applied:
         with progress.step("checkpoint"):
+            layers: Layers = applied.layers
+            if file.storage == "pivoted" and form == "factored":
+                layers = {name: PivotedLinear.of(layer) for name, layer in applied.layers.items()}
+                place(prepared.targets, layers)
             save_checkpoint(
-                prepared.loaded, prepared.targets, applied.layers, out, form=form, dtype=DTYPES[dtype],
+                prepared.loaded, prepared.targets, layers, out, form=form, dtype=DTYPES[dtype],
                 extra={"rank_map.json": path.read_text(encoding="utf-8")},
             )  # fmt: skip
         result = evaluator.score(progress)
-    return ModelScore(result, prepared.space.num_params(file.rank_map))
+    space = prepared.space
+    return ModelScore(result, space.model_params if form == "dense" else space.num_params(file.rank_map))
 
 
-def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str) -> StudySpec:
+def _check_calibration(file: RankMapFile, prepared: Prepared) -> None:
+    """Other calibration blocks give other factors, and a model that nobody measured.
+
+    Raises:
+        RankMapError: the text is not what it was when the rank map was made.
+    """
+    now = prepared.splits.calibration_digest
+    if file.digests.calibration not in (None, now):
+        raise RankMapError(
+            f"the rank map was made with calibration blocks {str(file.digests.calibration)[:12]}, but "
+            f"{file.recipe.data.train!r} now gives {now[:12]}; restore the text, or make a rank map with this one"
+        )
+
+
+def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str, *, trust_remote_code: bool) -> StudySpec:
     """The file's study with what the caller changed."""
     recipe = file.recipe
-    # The study's file may name a branch that has moved on; the weights were those of the recorded commit.
-    pinned = recipe.model.model_copy(update={"revision": file.model.revision})
-    changes: dict[str, object] = {"model": pinned, "run": recipe.run.model_copy(update={"device": device})}
+    # The study's file may name a branch that has moved on; the weights were those of the recorded commit. And a file
+    # from somebody else may not decide that a model's own code is run here.
+    pinned = {"revision": file.model.revision, "trust_remote_code": trust_remote_code}
     if model is not None:
-        source = str(Path(model).resolve()) if Path(model).exists() else model
-        changes["model"] = recipe.model.model_copy(update={"source": source})
+        pinned |= {"revision": None, "source": str(Path(model).resolve()) if Path(model).exists() else model}
+    changes: dict[str, object] = {
+        "model": recipe.model.model_copy(update=pinned),
+        "data": recipe.data.model_copy(update={"test": None}),  # not touched here, so it need not be there
+        "run": recipe.run.model_copy(update={"device": device}),
+    }
     if not finetune:
         changes["finetune"] = recipe.finetune.model_copy(update={"steps": 0, "tokens": None})
     return recipe.model_copy(update=changes)
@@ -87,27 +123,35 @@ def load_any(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel
 
 
 def evaluate_model(
-    spec: ModelSpec, data: DataSpec, *, blocks: int | None, batch_blocks: int, device: str,
+    spec: ModelSpec, text: DataSpec | StudyFile, *, blocks: int | None, batch_blocks: int | None, device: str,
     work_dir: Path | None, progress: Progress = SILENT,
 ) -> ModelScore:  # fmt: skip
     """Loss on one text; see :func:`rank_search.api.evaluate`."""
-    place = resolve_device(device)
+    data = text.spec.data if isinstance(text, StudyFile) else text
+    if isinstance(text, StudyFile):
+        check_names_test(data)  # before the model is loaded, not after it
+        work_dir = work_dir or text.work_dir
+        batch_blocks = batch_blocks or text.spec.run.score_batch_blocks
+    device_of_model = resolve_device(device)
     with progress.step("model"):
-        loaded = load_any(spec, Path(), place)
+        loaded = load_any(spec, Path(), device_of_model)
     check_length(data.sequence_length, loaded.max_length)
-    source = Source.of(data, "train", Path())
-    assert source is not None
     with tempfile.TemporaryDirectory() as scratch:
         # A copy: without a working folder the blocks' file is gone when this block ends.
-        ids = torch.tensor(
-            eval_blocks(
-                source,
-                loaded.tokenizer,
-                data.sequence_length,
-                work_dir=work_dir or Path(scratch),
-                blocks=blocks,
-                progress=progress,
-            )
-        )
-    result = score(loaded.model, ids, batch_blocks=batch_blocks, progress=progress)
+        ids = torch.tensor(_blocks(text, loaded, work_dir or Path(scratch), blocks, progress))
+    result = score(loaded.model, ids, batch_blocks=batch_blocks or _BATCH_BLOCKS, progress=progress)
     return ModelScore(result, sum(parameter.numel() for parameter in loaded.model.parameters()))
+
+
+def _blocks(
+    text: DataSpec | StudyFile, loaded: LoadedModel, work_dir: Path, count: int | None, progress: Progress
+) -> Blocks:
+    """The first ``count`` blocks of a text, or of a study's test text."""
+    if isinstance(text, StudyFile):
+        data = text.spec.data if count is None else text.spec.data.model_copy(update={"test_blocks": count})
+        return make_test_blocks(data, loaded.tokenizer, text.folder, work_dir, progress)
+    source = Source.of(text, "train", Path())
+    assert source is not None, "data.train has a default"
+    return eval_blocks(
+        source, loaded.tokenizer, text.sequence_length, work_dir=work_dir, blocks=count, progress=progress
+    )

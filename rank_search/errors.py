@@ -22,6 +22,9 @@
 
 from __future__ import annotations
 
+_LONGEST_REASON = 300
+"""Characters of a library's message that go into one of ours."""
+
 
 class RankSearchError(Exception):
     """Base class; ``str(error)`` is one line fit for a terminal."""
@@ -91,3 +94,12 @@ class TrialError(RankSearchError):
 
 class NonFiniteLossError(TrialError):
     """A loss is NaN or infinite."""
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message, which may run over many lines, as one; a long one is cut after a word."""
+    text = " ".join(str(error).split())
+    if len(text) > _LONGEST_REASON:
+        cut = text[: _LONGEST_REASON - 2]
+        text = f"{cut.rpartition(' ')[0] or cut} …"
+    return text or type(error).__name__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from rank_search.errors import BudgetError
 from rank_search.measurement import Fidelity, Measurement
@@ -67,7 +69,11 @@ class Front(Sequence[FrontPoint]):
     def __iter__(self) -> Iterator[FrontPoint]:
         return iter(self.points)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's two overloads add nothing here
+    @overload
+    def __getitem__(self, index: int) -> FrontPoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[FrontPoint, ...]: ...
+    def __getitem__(self, index: int | slice) -> FrontPoint | tuple[FrontPoint, ...]:
         return self.points[index]
 
     def at_most_kept(self, kept: float) -> FrontPoint:
@@ -79,7 +85,8 @@ class Front(Sequence[FrontPoint]):
         if not fitting:
             least = min(p.measurement.kept_of_targets for p in self.points)
             raise BudgetError(
-                f"no point of the front keeps at most {kept:g} of the target layers; the smallest keeps {least:.4f}"
+                f"no point of the front keeps at most {kept:g} of the target layers; the smallest keeps "
+                f"{_rounded_up(least)}: ask for that or more, or run more trials"
             )
         return min(fitting, key=lambda p: p.loss)
 
@@ -89,7 +96,10 @@ class Front(Sequence[FrontPoint]):
         fitting = [p for p in self.points if p.num_params <= num_params]
         if not fitting:
             least = min(p.num_params for p in self.points)
-            raise BudgetError(f"no point of the front has at most {num_params} parameters; the smallest has {least}")
+            raise BudgetError(
+                f"no point of the front has at most {num_params} parameters; the smallest has {least}: "
+                "ask for that or more, or run more trials"
+            )
         return min(fitting, key=lambda p: p.loss)
 
     def at_most_loss(self, loss: float) -> FrontPoint:
@@ -99,7 +109,8 @@ class Front(Sequence[FrontPoint]):
         if not fitting:
             least = min(p.loss for p in self.points)
             raise BudgetError(
-                f"no point of the front has a validation loss of at most {loss:g}; the lowest is {least:.4f}"
+                f"no point of the front has a validation loss of at most {loss:g}; the lowest is "
+                f"{_rounded_up(least)}: ask for that or more, or run more trials"
             )
         return min(fitting, key=lambda p: p.num_params)
 
@@ -132,3 +143,8 @@ class Front(Sequence[FrontPoint]):
             area += (right - point.num_params) * (reference_loss - point.loss)
             right = float(point.num_params)
         return area
+
+
+def _rounded_up(value: float) -> str:
+    """Four decimals that are never below the value: who asks for them gets the point."""
+    return f"{math.ceil(value * 1e4) / 1e4:.4f}"

@@ -70,7 +70,7 @@ class DataSpec(_Table):
     validation: Name | None = None
     """A source of its own; without one, validation blocks are cut from the end of ``train``."""
     test: Name | None = None
-    """Touched by nothing in a search."""
+    """For `evaluate --study`. A search scores nothing on it, and refuses one whose text it sees in another role."""
     config: Name | None = None
     """Configuration of a hub dataset."""
     revision: Name | None = None

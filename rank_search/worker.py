@@ -61,8 +61,11 @@ def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: P
         reason = _reason(error)
         study.fail(proposal, reason)
         return Outcome(proposal, None, reason)
+    except Exception as error:
+        # A defect: the trial ends, so that resuming the study does not run into it again, and the traceback is shown.
+        study.fail(proposal, f"{type(error).__name__}: {error}")
+        raise
     except BaseException:
-        # An interrupt, or a defect: either way the rank map was not measured.
         study.requeue(proposal)
         raise
     study.tell(proposal, measurement)

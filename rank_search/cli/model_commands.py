@@ -22,9 +22,10 @@ from rank_search.cli.options import (
 )
 from rank_search.cli.progress import TerminalProgress
 from rank_search.cli.quiet import quiet_libraries
-from rank_search.errors import CheckpointError, InputError
+from rank_search.compress.folder import check_free
+from rank_search.errors import InputError
 from rank_search.export.rank_map_file import RankMapFile
-from rank_search.spec import DataSpec, Layers, ModelSpec, TargetSpec
+from rank_search.spec import DataSpec, Layers, ModelSpec, StudyFile, TargetSpec, load_study_file
 
 
 def apply(
@@ -46,15 +47,16 @@ def apply(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the stored weights.")
     ] = "float32",
     device: DeviceOption = "auto",
+    trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Write the compressed model as a checkpoint folder that transformers loads."""
     recorded = RankMapFile.read(rank_map).measurement
-    _check_folder(output)
+    check_free(output)  # before minutes of work, not after them
     quiet_libraries()
     with TerminalProgress() as progress:
         found = api.apply(
             rank_map, output, model=model, finetune=not no_finetune, form=form, dtype=dtype, device=device,
-            progress=progress,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     typer.echo(f"wrote {output}: {tables.evaluation_line(found)}")
     if recorded is not None:
@@ -64,26 +66,34 @@ def apply(
     typer.echo(f"Evaluate it: rank-search evaluate {shlex.quote(str(output))} --data python-docs")
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is in the way before minutes of work, not after them."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; choose another folder or remove it")
-
-
 def evaluate(
     model: ModelArgument,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SOURCE", help="Hub dataset, text, JSONL, CSV or Parquet file, or python-docs.", show_default=False
         ),
-    ],
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a hub dataset.")] = "test",
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STUDY.toml",
+            help="Instead of --data: a study's test text, cut as it says.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split of a hub dataset. Default: test.", show_default=False)
+    ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.", show_default=False)
     ] = None,
-    column: Annotated[str, typer.Option(metavar="NAME", help="Column that holds the text.")] = "text",
-    sequence_length: Annotated[int, typer.Option(metavar="N", help="Tokens in a block.")] = 128,
+    column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column that holds the text. Default: text.", show_default=False)
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens in a block. Default: 128.", show_default=False)
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N blocks.", min=1, show_default=False)
     ] = None,
@@ -92,21 +102,39 @@ def evaluate(
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print validation loss, perplexity and parameters of a model or a compressed checkpoint."""
-    try:
-        source = DataSpec(train=data, train_split=split, config=config, column=column, sequence_length=sequence_length)
-    except ValidationError as error:
-        raise InputError(_refusal(error)) from None
+    """Print loss, perplexity and parameters of a model or a compressed checkpoint on a text (--data or --study)."""
+    options = {"train_split": split, "config": config, "column": column, "sequence_length": sequence_length}
+    given = {field: value for field, value in options.items() if value is not None}
+    source, file = _text_of(data, study, given)
     quiet_libraries()
     with TerminalProgress() as progress:
         found = api.evaluate(
-            model, source, blocks=blocks, device=device, revision=revision, trust_remote_code=trust_remote_code,
-            progress=progress,
+            model, source, study=file, blocks=blocks, device=device, revision=revision,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         typer.echo(f"{model}: {tables.evaluation_line(found)}")
+
+
+def _text_of(
+    data: str | None, study: Path | None, given: dict[str, str | int]
+) -> tuple[DataSpec, None] | tuple[None, StudyFile]:
+    """What ``evaluate`` scores on: a text of its own cut as ``given`` says, or a study's test text."""
+    if (data is None) == (study is None):
+        raise InputError(
+            f"evaluate takes either --data SOURCE or --study STUDY.toml, not {'none' if data is None else 'both'} of "
+            "them; see `rank-search evaluate --help`"
+        )
+    if study is not None:
+        if given:
+            raise InputError(f"{_option(next(iter(given)))} goes with --data; with --study the study file says it")
+        return None, load_study_file(study)
+    try:
+        return DataSpec.model_validate({"train": data, "train_split": "test", **given}), None
+    except ValidationError as error:
+        raise InputError(_refusal(error)) from None
 
 
 def layers(
@@ -152,7 +180,10 @@ def layers(
 def _refusal(error: ValidationError) -> str:
     """One line for the first option that the study file's own rules refuse."""
     first = error.errors(include_url=False)[0]
+    return f"{_option(str(first['loc'][0]))}: {first['msg']}, not {first['input']!r}"
+
+
+def _option(field: str) -> str:
+    """The option that sets a field of the study file."""
     names = {"source": "MODEL", "train": "--data", "train_split": "--split"}
-    field = str(first["loc"][0])
-    option = names.get(field, "--" + field.replace("_", "-"))
-    return f"{option}: {first['msg']}, not {first['input']!r}"
+    return names.get(field, "--" + field.replace("_", "-"))

@@ -43,8 +43,6 @@ def run(
     """Create or resume a study: prepare, search, print the front."""
     file = load_study_file(study)
     quiet_libraries()
-    wanted = file.spec.search.trials if trials is None else trials
-    typer.echo(f"study {file.spec.name}, {wanted} {'trial' if wanted == 1 else 'trials'} wanted")
     with TerminalProgress() as progress:
         search = _Search(file, storage, trials, progress)
         api.run(file, storage=storage, trials=trials, progress=progress, on_outcome=search.finished)
@@ -74,7 +72,10 @@ class _Search:
         self.measured += 1
         on_front = any(point.trial == outcome.proposal.number for point in front)
         with self._progress.paused():
-            if self.measured == 1:
+            if self.measured == 1:  # not before: whatever is to be refused has been by now
+                typer.echo(
+                    f"study {self._file.spec.name}, {self._wanted} {'trial' if self._wanted == 1 else 'trials'} wanted"
+                )
                 typer.echo(self._lines.heading())
             typer.echo(self._lines.line(outcome, on_front=on_front))
             sys.stdout.flush()

@@ -27,18 +27,22 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from rank_search.compress.folder import check_free
 from rank_search.compress.low_rank import LowRankLinear
-from rank_search.errors import CheckpointError, ModelError
-from rank_search.model.load import LoadedModel, one_line, weights_digest
+from rank_search.compress.pivoted import PivotedLinear
+from rank_search.errors import CheckpointError, ModelError, one_line
+from rank_search.model.load import LoadedModel, weights_digest
 from rank_search.model.targets import Target
 
 Form = Literal["factored", "dense"]
+Layers = Mapping[str, LowRankLinear] | Mapping[str, PivotedLinear]
+"""Module name → the layer that stands in the target layer's places, all of one storage form."""
 _MODULE = "modeling_low_rank"
 _PREFIX = "low_rank_"
 
 
 def save_checkpoint(
-    loaded: LoadedModel, targets: Sequence[Target], layers: dict[str, LowRankLinear], out: Path, *,
+    loaded: LoadedModel, targets: Sequence[Target], layers: Layers, out: Path, *,
     form: Form = "factored", dtype: torch.dtype = torch.float32, extra: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write the model, whose ``targets`` are replaced by ``layers`` right now, with its tokenizer.
@@ -62,7 +66,7 @@ def save_checkpoint(
                 # Some families' files use other names than their modules, translated by model type: ours has no such
                 # translation.
                 _save(loaded, folder, dtype, original_names=False)
-                _describe(folder, classes, {name: layer.rank for name, layer in layers.items()})
+                _describe(folder, classes, layers)
                 (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")
             for name, text in (extra or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -74,19 +78,6 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {out} cannot be written: {one_line(error)}; free space or choose another folder"
         ) from error
-
-
-def check_free(out: Path) -> None:
-    """Refuse a folder that something stands in already.
-
-    Raises:
-        CheckpointError: it exists and is not an empty folder, or a file stands where one of its folders would.
-    """
-    nearest = next(folder for folder in out.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise CheckpointError(f"{out} cannot be made: {nearest} is a file; choose another folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; choose another folder or remove it")
 
 
 def is_compressed(folder: Path) -> bool:
@@ -145,9 +136,13 @@ def _cast(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
     return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
-def _describe(folder: Path, classes: dict[str, str], ranks: dict[str, int]) -> None:
+def _describe(folder: Path, classes: dict[str, str], layers: Layers) -> None:
     config = _read_config(folder)
-    config["low_rank"] = {"ranks": ranks, "storage": "two-factor", "model_class": classes["model_class"]}
+    config["low_rank"] = {
+        "ranks": {name: layer.rank for name, layer in layers.items()},
+        "storage": "pivoted" if any(isinstance(layer, PivotedLinear) for layer in layers.values()) else "two-factor",
+        "model_class": classes["model_class"],
+    }
     config["model_type"] = classes["model_type"]
     config["architectures"] = ["LowRankModel"]
     config["auto_map"] = {"AutoConfig": f"{_MODULE}.LowRankConfig", "AutoModelForCausalLM": f"{_MODULE}.LowRankModel"}
@@ -196,7 +191,7 @@ def _imported(code: str) -> Iterator[ModuleType]:
 
 
 @contextmanager
-def _multiplied_out(targets: Sequence[Target], layers: dict[str, LowRankLinear]) -> Iterator[None]:
+def _multiplied_out(targets: Sequence[Target], layers: Layers) -> Iterator[None]:
     """Ordinary layers of the original kind in the place of ``layers``."""
     replaced = [(target, layers[target.name]) for target in targets if target.name in layers]
     try:
@@ -211,14 +206,14 @@ def _multiplied_out(targets: Sequence[Target], layers: dict[str, LowRankLinear])
                 setattr(parent, attribute, layer)
 
 
-def _like(module: nn.Module, layer: LowRankLinear) -> nn.Module:
+def _like(module: nn.Module, layer: LowRankLinear | PivotedLinear) -> nn.Module:
     matrix = layer.dense()
     transposed = not isinstance(module, nn.Linear)
     dense = module.__class__.__new__(module.__class__)
     nn.Module.__init__(dense)
     dense.__dict__.update({key: value for key, value in module.__dict__.items() if not key.startswith("_")})
     dense.weight = nn.Parameter(matrix.T.contiguous() if transposed else matrix, requires_grad=False)
-    dense.register_parameter("bias", layer.outer.bias)
+    dense.register_parameter("bias", layer.bias)
     return dense
 
 

@@ -48,6 +48,11 @@ class LowRankLinear(nn.Module):
         return self.inner.out_features
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """The dense layer's bias."""
+        return self.outer.bias
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Inner and outer factor, without the bias."""
         return self.inner.weight, self.outer.weight
@@ -80,10 +85,16 @@ def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: 
             )
     for name, rank in rank_map.items():
         layers[name] = LowRankLinear.of(factors[name], rank, by_name[name])
-    for name, layer in layers.items():
-        for parent, attribute in by_name[name].places:
-            setattr(parent, attribute, layer)
+    place(targets, layers)
     return layers
+
+
+def place(targets: Sequence[Target], layers: Mapping[str, nn.Module]) -> None:
+    """Put each of ``layers`` (by module name) in all places of its target layer; :func:`restore` undoes it."""
+    for target in targets:
+        if target.name in layers:
+            for parent, attribute in target.places:
+                setattr(parent, attribute, layers[target.name])
 
 
 def restore(targets: Sequence[Target]) -> None:

@@ -122,6 +122,10 @@ class PivotedLinear(nn.Module):
         """Largest coefficient in magnitude."""
         return float(self.rest.weight.detach().abs().max()) if self.rest.weight.numel() else 0.0
 
+    def dense(self) -> Float[Tensor, "m n"]:
+        """The matrix that the kept rows and the coefficients stand for."""
+        return self.two_factor().dense()
+
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """r outputs from x, the others from them."""
         h = self.kept(x)

@@ -106,7 +106,7 @@ def _cut(text: Text, tokenizer: FastTokenizer, sequence_length: int, progress: P
     backend.no_padding()
     pieces: list[NDArray[np.int32]] = []
     chunks = _chunks(text.text)
-    with progress.step(f"Tokenise {text.label}", len(text.text)) as step:
+    with progress.step(f"token blocks of {text.label}", len(text.text)) as step:
         while batch := list(islice(chunks, _CHUNKS_AT_ONCE)):
             encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
             pieces.extend(np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings)

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rank_search.errors import DataError
+from rank_search.errors import DataError, one_line
 from rank_search.spec import PYTHON_DOCS, DataSpec
+
+Role = Literal["train", "validation", "test"]
+"""What a text of a study is for."""
 
 _TABLE_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -56,7 +59,7 @@ class Source:
     column: str = "text"
 
     @classmethod
-    def of(cls, spec: DataSpec, role: Literal["train", "validation", "test"], folder: Path) -> Source | None:
+    def of(cls, spec: DataSpec, role: Role, folder: Path) -> Source | None:
         """The source that ``[data]`` names for a role; None if it names none."""
         name: str | None = getattr(spec, role)
         if name is None:
@@ -89,6 +92,11 @@ class Source:
             return self.name
         config = f", config {self.config}" if self.config else ""
         return f"{self.name} (split {self.split}{config})"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading it asks nothing of the hub."""
+        return self.name == PYTHON_DOCS or self.path is not None
 
     def shares_rows_with(self, other: Source) -> bool:
         """Whether both name the same file, or the same split of the same dataset.
@@ -214,7 +222,7 @@ def _translated(source: Source) -> Iterator[None]:
         yield
     except (DatasetsError, OSError, ValueError, TypeError, RuntimeError, StopIteration) as error:
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split()) or "nothing in it can be read as rows"
+        reason = one_line(cause) if str(cause).strip() else "nothing in it can be read as rows"
         raise DataError(f"text {source.label}: {reason}") from None
     finally:
         logger.setLevel(level)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from rank_search.data.blocks import Blocks, FastTokenizer, blocks_digest, token_blocks
-from rank_search.data.sources import Source, Text, read_text
+from rank_search.data.sources import Role, Source, Text, read_text
 from rank_search.errors import DataError
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import DataSpec
 
+_ROLES: tuple[Role, ...] = ("train", "validation", "test")
 _LONG_PARAGRAPH = 200
 """Characters from which a paragraph that stands in two texts is no coincidence."""
 
@@ -37,17 +39,18 @@ def make_splits(
     """Blocks for calibration, fine-tune and validation.
 
     Calibration blocks come from the start of ``data.train``, training blocks follow. Validation blocks come from
-    ``data.validation``, or from the end of ``data.train`` where there is none.
+    ``data.validation``, or from the end of ``data.train`` where there is none. ``data.test`` is read for one thing
+    alone: to refuse it now where a search would see its text. One on the hub is not fetched for that, and is judged
+    by dataset and split.
 
     Raises:
-        DataError: a text is missing or too short, or validation shares text with training.
+        DataError: a text is missing or too short, or shares text with another one of the study.
     """
-    source = _train_source(spec, folder)
-    own = Source.of(spec, "validation", folder)
-    if own is not None:
-        _refuse_same_source("validation", own, "train", source)
+    sources = _sources(spec, folder)
+    texts = {role: read_text(source) for role, source in sources.items() if role != "test" or source.is_here}
+    _refuse_shared_text(texts)
+    text, own = texts["train"], texts.get("validation")
     cutter = _Cutter(tokenizer, spec.sequence_length, work_dir, progress)
-    text = read_text(source)
     blocks = cutter.blocks(text)
     held_out = 0 if own is not None else spec.validation_blocks or max(1, len(blocks) // 10)
     seen = spec.calibration_blocks
@@ -55,12 +58,7 @@ def make_splits(
     _check_count(text, len(blocks), needed, spec.sequence_length)
     first_held_out = len(blocks) - held_out
     last = first_held_out if spec.train_blocks is None else seen + spec.train_blocks
-    if own is None:
-        validation = blocks[first_held_out:]
-    else:
-        own_text = read_text(own)
-        _refuse_same_text("validation", own_text, "train", text)
-        validation = cutter.first(own_text, "validation", spec.validation_blocks)
+    validation = blocks[first_held_out:] if own is None else cutter.first(own, "validation", spec.validation_blocks)
     parts = blocks[:seen], blocks[seen:last], validation
     return Splits(*parts, *map(blocks_digest, parts))
 
@@ -73,19 +71,20 @@ def make_test_blocks(
     Raises:
         DataError: the study names no test text, it is missing or too short, or it shares text with train or validation.
     """
-    source = Source.of(spec, "test", folder)
-    if source is None:
-        raise DataError("the study names no test text; add data.test to the study file")
-    others = [("train", _train_source(spec, folder))]
-    validation = Source.of(spec, "validation", folder)
-    if validation is not None:
-        others.append(("validation", validation))
-    for role, other in others:
-        _refuse_same_source("test", source, role, other)
-    text = read_text(source)
-    for role, other in others:
-        _refuse_same_text("test", text, role, read_text(other))
-    return _Cutter(tokenizer, spec.sequence_length, work_dir, progress).first(text, "test", spec.test_blocks)
+    check_names_test(spec)
+    texts = {role: read_text(source) for role, source in _sources(spec, folder).items()}
+    _refuse_shared_text(texts)
+    return _Cutter(tokenizer, spec.sequence_length, work_dir, progress).first(texts["test"], "test", spec.test_blocks)
+
+
+def check_names_test(spec: DataSpec) -> None:
+    """Refuse a study without a test text.
+
+    Raises:
+        DataError: it names none.
+    """
+    if spec.test is None:
+        raise DataError("the study names no test text; add data.test to the study file, or evaluate on a text by name")
 
 
 def eval_blocks(
@@ -123,10 +122,18 @@ class _Cutter:
         return blocks[:count]
 
 
-def _train_source(spec: DataSpec, folder: Path) -> Source:
-    source = Source.of(spec, "train", folder)
-    assert source is not None, "data.train has a default"
-    return source
+def _sources(spec: DataSpec, folder: Path) -> dict[Role, Source]:
+    """The sources that a study names, no two of them the same rows."""
+    sources: dict[Role, Source] = {}
+    for role in _ROLES:
+        source = Source.of(spec, role, folder)
+        if source is None:
+            continue
+        for other_role, other in sources.items():
+            if source.shares_rows_with(other):
+                raise DataError(f"{_shared(role, other_role)}: both are {source.label}; {_way_out(role)}")
+        sources[role] = source
+    return sources
 
 
 def _check_count(text: Text, found: int, needed: dict[str, int], sequence_length: int) -> None:
@@ -139,46 +146,44 @@ def _check_count(text: Text, found: int, needed: dict[str, int], sequence_length
         )
 
 
-def _refuse_same_source(role: str, source: Source, other_role: str, other: Source) -> None:
-    if source.shares_rows_with(other):
-        raise DataError(f"{_shared(role, other_role)}: both are {source.label}; {_way_out(role)}")
+def _refuse_shared_text(texts: dict[Role, Text]) -> None:
+    if len(texts) == 1:
+        return
+    paragraphs = {role: _paragraphs(text.text) for role, text in texts.items()}
+    for (other_role, other), (role, text) in combinations(texts.items(), 2):
+        if text.digest == other.digest:
+            raise DataError(
+                f"{_shared(role, other_role)}: {text.label} and {other.label} are the same text; {_way_out(role)}"
+            )
+        share = _share_held(paragraphs[role], paragraphs[other_role])
+        if share > 0.5:
+            raise DataError(
+                f"{_shared(role, other_role)}: {share:.0%} of the paragraphs of {text.label} stand in {other.label}; "
+                f"{_way_out(role)}"
+            )
 
 
-def _refuse_same_text(role: str, text: Text, other_role: str, other: Text) -> None:
-    if text.digest == other.digest:
-        raise DataError(
-            f"{_shared(role, other_role)}: {text.label} and {other.label} are the same text; {_way_out(role)}"
-        )
-    share = _shared_paragraphs(text.text, other.text)
-    if share > 0.5:
-        raise DataError(
-            f"{_shared(role, other_role)}: {share:.0%} of the paragraphs of {text.label} stand in {other.label}; "
-            f"{_way_out(role)}"
-        )
-
-
-def _shared(role: str, other_role: str) -> str:
+def _shared(role: Role, other_role: Role) -> str:
     return f"data.{role} and data.{other_role} must not share text"
 
 
-def _way_out(role: str) -> str:
+def _way_out(role: Role) -> str:
     if role == "validation":
         return "name another text, or leave data.validation out to cut it from the end of data.train"
-    return "name a text that the search has not seen"
+    return "name a text that the search does not see"
 
 
-def _shared_paragraphs(text: str, other: str) -> float:
-    """Share of the distinct long paragraphs of ``text`` that ``other`` holds too.
+def _share_held(paragraphs: set[str], others: set[str]) -> float:
+    """Share of the long ones among ``paragraphs`` that ``others`` hold too.
 
     A text of short paragraphs alone is judged by all of them.
     """
-    paragraphs = _paragraphs(text)
     long = {paragraph for paragraph in paragraphs if len(paragraph) >= _LONG_PARAGRAPH} or paragraphs
-    return len(long & _paragraphs(other)) / len(long)
+    return len(long & others) / len(long)
 
 
 def _paragraphs(text: str) -> set[str]:
-    """Distinct paragraphs with white space evened out.
+    """Distinct paragraphs of a text with white space evened out.
 
     A long line is a paragraph of its own (texts of one paragraph a line), shorter ones are joined up to the next
     blank line (texts wrapped by hand).

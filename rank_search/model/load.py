@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from rank_search.errors import ModelError
+from rank_search.errors import ModelError, one_line
 from rank_search.spec import ModelSpec
 
 _LOADING_ERRORS = (
@@ -133,9 +133,3 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(digest, sorted(weights, key=lambda item: item[0])))).hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence-bearing line of a library's message, which may run over many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else type(error).__name__

@@ -34,6 +34,7 @@ def refused(folder: Path, *arguments: str | Path, says: tuple[str, ...]) -> str:
     before = _tree(folder)
     result = rank_search(*arguments)
     assert result.code == 2
+    assert result.out == ""
     assert result.err.startswith("rank-search: error: ")
     assert result.err.endswith("\n")
     assert result.err.count("\n") == 1
@@ -76,6 +77,9 @@ BAD_STUDIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "text too short": ({"data__calibration_blocks": 5000}, ("text.txt", "5000 calibration", "name a longer text")),
     "no such column": ({"data__train": "rows.jsonl", "data__column": "body"}, ("rows.jsonl", "'body'")),
     "validation is train": ({"data__validation": "text.txt"}, ("validation", "train", "text.txt")),
+    "test is train": ({"data__test": "text.txt"}, ("data.test", "data.train", "text.txt", "name a text that")),
+    "test is a copy of train": ({"data__test": "copy.txt"}, ("data.test", "data.train", "copy.txt", "same text")),
+    "no such test text": ({"data__test": "missing.txt"}, ("missing.txt", "no such file")),
     "sequence too long": ({"data__sequence_length": 65}, ("at most 64 tokens", "not 65", "data.sequence_length")),
     "no such device": ({"run__device": "cuda:99"}, ("'cuda:99'", "use 'auto' or 'cpu'")),
     "device of no kind": ({"run__device": "tpu"}, ("run.device", "'tpu'")),
@@ -89,7 +93,14 @@ def test_study_file(tmp_path: Path, make_study: MakeStudy, case: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a row"}) + "\n")
+    shutil.copy(tmp_path / "text.txt", tmp_path / "copy.txt")
     refused(tmp_path, "run", study, says=says)
+
+
+@pytest.mark.parametrize("command", ["prepare", "allocate"])
+def test_a_test_text_that_a_search_would_see(tmp_path: Path, make_study: MakeStudy, command: str) -> None:
+    options = ["--kept", "0.5", "-o", tmp_path / "rank_map.json"] if command == "allocate" else []
+    refused(tmp_path, command, make_study(tmp_path, data__test="text.txt"), *options, says=("data.test", "data.train"))
 
 
 def test_missing_study_file(tmp_path: Path) -> None:
@@ -240,6 +251,21 @@ def test_apply_to_a_folder_in_the_way(searched: Path) -> None:
 )
 def test_evaluate(tmp_path: Path, tiny_model_folder: Path, arguments: list[str], says: tuple[str, ...]) -> None:
     refused(tmp_path, "evaluate", tiny_model_folder, *arguments, says=says)
+
+
+def test_evaluate_on_a_study(tmp_path: Path, tiny_model_folder: Path, make_study: MakeStudy) -> None:
+    study = make_study(tmp_path)
+    for options, says in (
+        (["--study", study], ("names no test text", "add data.test")),
+        (["--study", study, "--data", "python-docs"], ("either --data", "or --study", "not both")),
+        (["--study", study, "--sequence-length", "8"], ("--sequence-length", "the study file says it")),
+        (["--study", tmp_path / "no.toml"], ("no.toml", "No such file")),
+    ):
+        refused(tmp_path, "evaluate", tiny_model_folder, *options, says=says)
+    refused(
+        tmp_path, "evaluate", tiny_model_folder, "--study", make_study(tmp_path, data__test="text.txt"),
+        says=("data.test and data.train must not share text",),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

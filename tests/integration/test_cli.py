@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def test_run_prints_a_line_a_trial_and_the_front(searched: tuple[Path, Result]) 
     marked = {line.split()[0] for line in result.out.splitlines() if line.endswith("  front")}
     assert on_front <= marked
     assert set(numbered[6:]) == on_front
+    assert result.out.startswith("study tiny, 6 trials wanted\n")
     assert "dense model" in result.out
     assert f"rank-search export {study} --knee -o rank_map.json" in result.out
 
@@ -253,6 +255,46 @@ def test_apply_takes_the_commit_that_was_measured(study: Path, tmp_path: Path, m
     with pytest.raises(RankMapError, match="far enough"):
         api.apply(tmp_path / "rank_map.json", tmp_path / "compressed")
     assert asked == ["c0ffee"]
+
+
+def test_evaluate_scores_on_the_test_blocks_of_a_study(
+    tmp_path: Path, tiny_model_folder: Path, make_study: MakeStudy
+) -> None:
+    study = make_study(tmp_path, data__test="test.csv", data__column="body", data__test_blocks=3)
+    body = "another text than the one of the search " * 20
+    (tmp_path / "test.csv").write_text(f"body\n{body}\n")
+    (tmp_path / "body.txt").write_text(body)
+    on_study = rank_search("evaluate", tiny_model_folder, "--study", study, "--device", "cpu", "--json")
+    on_text = rank_search(
+        "evaluate", tiny_model_folder, "--data", tmp_path / "body.txt", "--sequence-length", "32", "--blocks", "3",
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert (on_study.code, on_study.err) == (0, "")
+    assert json.loads(on_study.out) == json.loads(on_text.out)
+    assert json.loads(on_study.out)["tokens"] == 3 * 31
+    fewer = rank_search("evaluate", tiny_model_folder, "--study", study, "--blocks", "2", "--device", "cpu", "--json")
+    assert json.loads(fewer.out)["tokens"] == 2 * 31
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path, make_study: MakeStudy, tiny_model_folder: Path) -> None:
+    """In a process of its own, for the hub's address is read when its client is loaded; nothing listens on port 9."""
+    run = ["run", make_study(tmp_path, model__source="owner/model")]
+    evaluate = ["evaluate", tiny_model_folder, "--data", "owner/corpus", "--sequence-length", "32", "--device", "cpu"]
+    code = (
+        "import json, sys, time; time.sleep = lambda _seconds: None\n"
+        "from rank_search.cli import run_command; print([run_command(line) for line in json.loads(sys.argv[1])])"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_VERBOSITY", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([run, evaluate], default=str)], env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "[2, 2]\n"
+    of_model, of_text = done.stderr.splitlines()
+    assert of_model.startswith("rank-search: error: model 'owner/model' cannot be loaded: ")
+    assert of_text.startswith("rank-search: error: text owner/corpus (split test): ")
 
 
 def test_evaluate_prints_loss_and_parameters(study: Path, tiny_model_folder: Path) -> None:

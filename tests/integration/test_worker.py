@@ -125,10 +125,20 @@ def test_different_failures_and_failures_apart_do_not(prepared: Prepared, tmp_pa
         assert study.finished() == 8
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError("a defect")])
-def test_an_interrupted_trial_is_proposed_again(prepared: Prepared, tmp_path: Path, error: BaseException) -> None:
-    evaluator = Failure(prepared, lambda n, _: error if n == 2 else None)
-    with _open(prepared, tmp_path) as study, pytest.raises(type(error)):
+def test_a_defect_fails_its_trial_for_good(prepared: Prepared, tmp_path: Path) -> None:
+    evaluator = Failure(prepared, lambda n, _: ZeroDivisionError("a defect") if n == 2 else None)
+    with _open(prepared, tmp_path) as study, pytest.raises(ZeroDivisionError):
+        work(study, evaluator, 4)
+    again = Failure(prepared, lambda *_: None)
+    with _open(prepared, tmp_path) as study:
+        work(study, again, 4)
+    assert evaluator.measured[1] not in again.measured
+    assert _view(tmp_path).trials[1].reason == "ZeroDivisionError: a defect"
+
+
+def test_an_interrupted_trial_is_proposed_again(prepared: Prepared, tmp_path: Path) -> None:
+    evaluator = Failure(prepared, lambda n, _: KeyboardInterrupt() if n == 2 else None)
+    with _open(prepared, tmp_path) as study, pytest.raises(KeyboardInterrupt):
         work(study, evaluator, 4)
     with _open(prepared, tmp_path) as study:
         assert study.finished() == 1

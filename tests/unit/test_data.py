@@ -392,9 +392,44 @@ def test_a_test_text_must_be_new_to_train_and_validation(tmp_path: Path, tokeniz
         make_test_blocks(spec(**names), tokenizer, tmp_path, tmp_path)
 
 
-def test_making_splits_never_opens_the_test_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    (tmp_path / "a.txt").write_text(prose(23))
-    make_splits(spec(train="a.txt", test="not-there.txt"), tokenizer, tmp_path, tmp_path)
+@pytest.mark.parametrize(
+    ("test", "role"), [("a.txt", "train"), ("b.txt", "validation"), ("copy.txt", "validation"), ("most.txt", "train")]
+)
+def test_a_search_refuses_a_test_text_that_it_would_see(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, test: str, role: str
+) -> None:
+    train, validation = prose(23), prose(24)
+    most = "\n\n".join([*train.split("\n\n")[:21], prose(25, paragraphs=19)])
+    for name, text in (("a.txt", train), ("b.txt", validation), ("copy.txt", validation), ("most.txt", most)):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"data\.test and data\.{role} must not share text.*; name a text that"):
+        make_splits(spec(train="a.txt", validation="b.txt", test=test), tokenizer, tmp_path, tmp_path)
+    assert not (tmp_path / "blocks").exists()
+
+
+def test_a_test_text_changes_nothing_in_a_search_and_no_block_is_made_of_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (tmp_path / "a.txt").write_text(prose(26))
+    (tmp_path / "c.txt").write_text(prose(27))
+    without = make_splits(spec(train="a.txt"), tokenizer, tmp_path, tmp_path)
+    splits = make_splits(spec(train="a.txt", test="c.txt"), tokenizer, tmp_path, tmp_path)
+    assert splits.train_digest == without.train_digest
+    assert splits.validation_digest == without.validation_digest
+    assert len(list((tmp_path / "blocks").glob("*.npy"))) == 1
+
+
+def test_a_search_does_not_fetch_a_test_text_of_the_hub(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("datasets.load_dataset", fetch)
+    (tmp_path / "a.txt").write_text(prose(28))
+    make_splits(spec(train="a.txt", test="owner/corpus"), tokenizer, tmp_path, tmp_path)
+    with pytest.raises(DataError, match=r"both are owner/corpus \(split test\)"):
+        make_splits(spec(train="owner/corpus", train_split="test", test="owner/corpus"), tokenizer, tmp_path, tmp_path)
 
 
 def test_evaluation_takes_the_first_blocks_of_any_source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -90,6 +92,29 @@ def test_points_are_chosen_by_their_loss() -> None:
     assert FRONT.at_most_loss(1.99).trial == 2
     with pytest.raises(BudgetError, match=r"at most 1; the lowest is 1\.4000"):
         FRONT.at_most_loss(1.0)
+
+
+def test_asking_for_what_a_refusal_names_gets_a_point() -> None:
+    front = Front.of(
+        [
+            replace(
+                _point(0, 1.40004, 200),
+                measurement=replace(_point(0, 1.40004, 200).measurement, kept_of_targets=0.30004),
+            )
+        ]
+    )
+    for choose in (front.at_most_loss, front.at_most_kept):
+        with pytest.raises(BudgetError, match="ask for that or more, or run more trials") as refusal:
+            choose(0.01)
+        (named,) = re.findall(r"(\d\.\d{4}): ask", str(refusal.value))
+        assert choose(float(named)).trial == 0
+    with pytest.raises(BudgetError, match="has 200: ask for that or more"):
+        front.at_most_params(199)
+
+
+def test_a_slice_of_the_front_is_its_points() -> None:
+    assert FRONT[0].trial == 0
+    assert [point.trial for point in FRONT[1:3]] == [1, 2]
 
 
 def test_the_knee_is_farthest_below_the_line_between_the_ends() -> None:

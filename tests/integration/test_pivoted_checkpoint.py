@@ -1,0 +1,65 @@
+"""Pivoted storage from the study file to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_search as rs
+from rank_search.compress.checkpoint import load_checkpoint, save_checkpoint
+from rank_search.compress.low_rank import place
+from rank_search.compress.pivoted import PivotedLinear
+from rank_search.errors import RankMapError
+from tests.conftest import StudyFactory
+from tests.integration.test_checkpoint import CPU, _compressed, _in_a_fresh_process, _load, _logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_transformers_alone_loads_it(family: str, model_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    loaded = _load(model_folders(family))
+    with _compressed(loaded) as (targets, layers):
+        expected = _logits(loaded.model)
+        pivoted = {name: PivotedLinear.of(layer) for name, layer in layers.items()}
+        place(targets, pivoted)
+        stored = sum(parameter.numel() for parameter in loaded.model.parameters())
+        save_checkpoint(loaded, targets, pivoted, tmp_path / "pivoted")
+    saved = sum(target.shape.dense_params for target in targets) - sum(
+        t.shape.params(pivoted[t.name].rank if t.name in pivoted else None, "pivoted") for t in targets
+    )
+    assert stored == sum(p.numel() for p in loaded.model.parameters()) - saved
+    found = _in_a_fresh_process(tmp_path, (tmp_path / "pivoted", True, "float32"))[str(tmp_path / "pivoted")]
+    assert found["missing"] == found["unexpected"] == []
+    assert found["parameters"] == stored
+    logits = torch.load(tmp_path / "pivoted" / "logits.pt", weights_only=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_logits(load_checkpoint(tmp_path / "pivoted", CPU).model), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_study_that_counts_it_ends_in_a_checkpoint_of_that_size(tiny_study: StudyFactory, tmp_path: Path) -> None:
+    path = tiny_study(targets={"storage": "pivoted"}, finetune={"learning_rate": 1e-2})
+    rs.run(path, trials=3)
+    file = rs.export(path, trial=2)
+    assert file.storage == "pivoted"
+    file.write(tmp_path / "map.json", folder=path.parent)
+    applied = rs.apply(tmp_path / "map.json", tmp_path / "out")
+    assert file.measurement is not None
+    assert applied.loss == pytest.approx(file.measurement.loss, abs=1e-5)
+    model = load_checkpoint(tmp_path / "out", CPU).model
+    assert sum(parameter.numel() for parameter in model.parameters()) == file.num_params == applied.num_params
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["low_rank"]["storage"] == "pivoted"
+
+
+def test_other_calibration_text_is_refused(tiny_study: StudyFactory, tmp_path: Path) -> None:
+    path = tiny_study()
+    rs.run(path, trials=1)
+    rs.export(path, trial=0).write(tmp_path / "map.json", folder=path.parent)
+    text = path.parent / "text.txt"
+    text.write_text(text.read_text()[100:])
+    with pytest.raises(RankMapError, match=r"made with calibration blocks \w{12}, but .* restore the text"):
+        rs.apply(tmp_path / "map.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
