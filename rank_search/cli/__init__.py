@@ -26,8 +26,8 @@ _BROKEN_PIPE = 1
 
 def main() -> None:
     """Entry of the ``rank-search`` console script."""
-    # Before torch is loaded, whose OpenMP threads would spin away the cores of a second worker on the host: on two cores
-    # a fine-tune of 1.6 s took over 45 s beside another, and takes 4.4 s now (1.9 s alone).
+    # Before torch is loaded, whose OpenMP threads would spin away the cores of a second worker on the host: on two
+    # cores a fine-tune of 1.6 s took over 45 s beside another, and takes 4.6 s now (1.9 s alone).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     sys.exit(run_command(sys.argv[1:]))
