@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -97,6 +97,22 @@ def prepare(
     splits = make_splits(spec.data, loaded.tokenizer, study.folder, study.work_dir, progress)
     blocks_at = time.perf_counter()
     times = BuildTimes()
+    bank = _bank(study, loaded, targets, space, splits, times, progress)
+    return Prepared(
+        study, loaded, device, targets, space, splits, bank, times.decomposition > 0,
+        PrepareTimes(
+            loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
+            time.perf_counter() - blocks_at - times.statistics - times.decomposition,
+        ),
+    )  # fmt: skip
+
+
+def _bank(
+    study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
+    times: BuildTimes, progress: Progress,
+) -> FactorBank:  # fmt: skip
+    """Open the study's factor bank, or build it."""
+    spec = study.spec
     key = BankKey.of(
         loaded.revision,
         loaded.weights_digest,
@@ -112,18 +128,9 @@ def prepare(
             batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
         )  # fmt: skip
 
-    made = {"model": spec.model.source, "device": device.type, "calibration_blocks": len(splits.calibration)}
-    bank = open_or_build(
-        study.work_dir,
-        key,
-        build,
-        made,
+    device = next(loaded.model.parameters()).device.type
+    made = {"model": spec.model.source, "device": device, "calibration_blocks": len(splits.calibration)}
+    return open_or_build(
+        study.work_dir, key, build, made,
         on_wait=lambda: progress.say("another process is building the factor bank; waiting"),
-    )
-    return Prepared(
-        study, loaded, device, targets, space, splits, bank, times.decomposition > 0,
-        PrepareTimes(
-            loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
-            time.perf_counter() - blocks_at - times.statistics - times.decomposition,
-        ),
     )  # fmt: skip

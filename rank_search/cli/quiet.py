@@ -14,6 +14,7 @@ def quiet_libraries() -> None:
     variable is not loaded for it.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that no library's switch reaches, such as that of GGUF files
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
