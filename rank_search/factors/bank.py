@@ -26,7 +26,7 @@ from rank_search.factors.decompose import Factors
 from rank_search.ranks import LayerShape, Storage
 from rank_search.spec import FactorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,15 @@ def collect_statistics(
 def _pass(model: PreTrainedModel, ids: Int[Tensor, "b s"], generator: torch.Generator, *, backward: bool) -> None:
     with torch.set_grad_enabled(backward), autocast(ids.device):
         logits = model(input_ids=ids, use_cache=False).logits
-    flat = logits.flatten(0, 1).float()
-    if not bool(torch.isfinite(flat).all()):
+    logits = logits.float()
+    if not bool(torch.isfinite(logits).all()):
         raise NonFiniteLossError("the model's output on the calibration blocks is not finite")
     if backward:
-        labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        # Block by block, so that the labels do not depend on how many blocks make a batch.
+        drawn = [torch.multinomial(block.softmax(-1), 1, generator=generator) for block in logits.detach()]
+        labels = torch.cat(drawn).squeeze(1)
         # The sum, not the mean: G is about one token's loss.
-        loss = F.cross_entropy(flat, labels, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
         if loss.requires_grad:  # else no target layer had a part in it, which the means will say
             loss.backward()
 

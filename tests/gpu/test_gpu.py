@@ -67,3 +67,18 @@ def test_a_bank_is_copied_to_the_gpu_once(tiny_study: StudyFactory) -> None:
     prepared = _prepare(tiny_study(run={"device": "cuda"}))
     factors = prepared.bank.on(prepared.device)
     assert all(factors[target.name].out.device.type == "cuda" for target in prepared.targets)
+
+
+def test_labels_do_not_depend_on_how_many_blocks_make_a_batch() -> None:
+    model = models.make("llama")
+    nn.Module.to(model, "cuda")
+    targets = find_targets(model, TargetSpec())
+    blocks = torch.randint(models.VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0)).int()
+    one = collect_statistics(model, targets, blocks, batch_blocks=1, seed=0)
+    all_at_once = collect_statistics(model, targets, blocks, batch_blocks=12, seed=0)
+    for name, layer in one.items():
+        assert layer.G is not None
+        other = all_at_once[name].G
+        assert other is not None
+        # Other labels would differ by far more than bf16's rounding.
+        assert float((layer.G - other).norm() / layer.G.norm()) < 0.05, name

@@ -239,3 +239,14 @@ def test_the_predicted_rise_is_the_rise_of_the_divergence_from_the_dense_model()
         # tokens can know.
         least = 0.2 if target.shape.group == "self_attn.v_proj" else 0.6
         assert least < predicted / measured < 1.5, target.name
+
+
+@pytest.mark.parametrize("batch_blocks", [1, 2, 6])
+def test_they_do_not_depend_on_how_many_blocks_make_a_batch(batch_blocks: int) -> None:
+    model = models.make("llama")
+    targets = find_targets(model, TargetSpec())
+    found = collect_statistics(model, targets, BLOCKS, batch_blocks=batch_blocks, seed=5)
+    expected = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=5)
+    for name, layer in expected.items():
+        torch.testing.assert_close(found[name].A, layer.A, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name].G, layer.G, rtol=1e-4, atol=1e-6)
