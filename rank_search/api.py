@@ -131,7 +131,7 @@ def allocate(
     """
     from rank_search.preparing import prepare as prepare_study
 
-    prepared = prepare_study(_file(study), progress=progress, check=lambda space, _: space.budget(kept))
+    prepared = prepare_study(_file(study), progress=progress, nested=False, check=lambda space, _: space.budget(kept))
     rule = prepared.allocator.closed_form if allocation == "closed form" else prepared.allocator.uniform
     return RankMapFile.of(
         rule(kept), prepared.space, prepared.spec, weights_digest=prepared.loaded.weights_digest,
@@ -353,7 +353,7 @@ def facts_of(prepared: Prepared) -> StudyFacts:
         calibration_digest=prepared.splits.calibration_digest,
         train_digest=prepared.splits.train_digest,
         validation_digest=prepared.splits.validation_digest,
-        bank=prepared.bank.key.digest,
+        bank=prepared.trial_bank.key.digest,
         folder=str(prepared.study.folder.resolve()),
     )
 

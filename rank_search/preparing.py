@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from rank_search.model.targets import Target, find_targets, rank_space
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
+from rank_search.train.nested import nested_finetune, sampled_rank_maps
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class PrepareTimes:
     decomposition: float
     bank: float
     """Of opening the bank and, where it was built, of writing it."""
+    nested: float
+    """Of the nested fine-tune, or of finding it made."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Prepared:
     space: RankSpace
     splits: Splits
     bank: FactorBank
+    """Factors as decomposed, and their predicted rises."""
+    trial_bank: FactorBank
+    """What trials slice: ``bank``, or in nested mode its fine-tuned factors."""
     built: bool
     """The bank was made now, not found."""
     times: PrepareTimes = field(compare=False)
@@ -71,10 +80,12 @@ def prepare(
     study: StudyFile,
     *,
     progress: Progress = SILENT,
+    nested: bool = True,
     check: Callable[[RankSpace, str], object] = lambda _space, _weights_digest: None,
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
+    In nested mode the bank's factors are fine-tuned, too, unless ``nested`` is False: allocations do not need it.
     ``check`` may refuse the rank space or the digest of the weights before anything is computed or written.
 
     Raises:
@@ -98,11 +109,15 @@ def prepare(
     blocks_at = time.perf_counter()
     times = BuildTimes()
     bank = _bank(study, loaded, targets, space, splits, times, progress)
+    bank_at = time.perf_counter()
+    trial_bank = bank
+    if nested and spec.finetune.mode == "nested":
+        trial_bank = _nested_bank(study, loaded, targets, space, splits, bank, progress)
     return Prepared(
-        study, loaded, device, targets, space, splits, bank, times.decomposition > 0,
+        study, loaded, device, targets, space, splits, bank, trial_bank, times.decomposition > 0,
         PrepareTimes(
             loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
-            time.perf_counter() - blocks_at - times.statistics - times.decomposition,
+            bank_at - blocks_at - times.statistics - times.decomposition, time.perf_counter() - bank_at,
         ),
     )  # fmt: skip
 
@@ -133,4 +148,31 @@ def _bank(
     return open_or_build(
         study.work_dir, key, build, made,
         on_wait=lambda: progress.say("another process is building the factor bank; waiting"),
+    )  # fmt: skip
+
+
+def _nested_bank(
+    study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
+    bank: FactorBank, progress: Progress,
+) -> FactorBank:  # fmt: skip
+    """Open the bank of the study's nested fine-tune, or train it."""
+    spec = study.spec
+    search = spec.search.model_dump(include={"seed", "min_kept", "max_kept", "multiplier_range"})
+    told = {
+        "finetune": spec.finetune.model_dump(exclude={"steps", "tokens"}),
+        "search": search,
+        "train": splits.train_digest,
+    }
+    tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def build() -> dict[str, Factors]:
+        return nested_finetune(
+            loaded.model, targets, {target.name: bank[target.name] for target in targets},
+            sampled_rank_maps(Allocator(space, bank.tails()), spec.search), torch.from_numpy(splits.train.copy()),
+            spec.finetune, seed=spec.search.seed, progress=progress,
+        )  # fmt: skip
+
+    return open_or_build(
+        study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made,
+        on_wait=lambda: progress.say("another process is making the nested fine-tune; waiting"),
     )  # fmt: skip

@@ -109,8 +109,13 @@ class FactorSpec(_Table):
 class FinetuneSpec(_Table):
     """``[finetune]``: the short fine-tune of a trial."""
 
+    mode: Literal["own", "nested"] = "own"
+    """Every trial is fine-tuned on its own, or the bank's factors once for all trials, which then slice them."""
+    nested_steps: Positive = 400
+    """Optimiser steps of the nested fine-tune, each under another rank map."""
     steps: Annotated[int, Field(ge=0, lt=2**53)] | None = None
-    """Budget in optimiser steps; 100 where neither this nor ``tokens`` is given. 0: no fine-tune."""
+    """Budget of a trial's own fine-tune in optimiser steps; where neither this nor ``tokens`` is given, 100, and 0 in
+    nested mode. 0: no fine-tune of its own."""
     tokens: Positive | None = None
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
@@ -135,7 +140,8 @@ class FinetuneSpec(_Table):
     def steps_for(self, sequence_length: int) -> int:
         """Optimiser steps of the budget, for blocks of ``sequence_length`` tokens."""
         if self.tokens is None:
-            return 100 if self.steps is None else self.steps
+            default = 0 if self.mode == "nested" else 100
+            return default if self.steps is None else self.steps
         return -(-self.tokens // (self.batch_blocks * sequence_length))
 
 

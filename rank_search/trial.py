@@ -37,7 +37,7 @@ class Evaluator:
         self._prepared = prepared
         self._spec = prepared.spec
         self._device = prepared.device
-        self._factors: Mapping[str, Factors] = prepared.bank.on(self._device)
+        self._factors: Mapping[str, Factors] = prepared.trial_bank.on(self._device)
         self._train = torch.from_numpy(prepared.splits.train.copy()).to(self._device)
         self._validation = torch.from_numpy(prepared.splits.validation.copy()).to(self._device)
 

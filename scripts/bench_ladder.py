@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rank_search.data.splits import eval_blocks
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
 from rank_search.score import score
-from rank_search.spec import StudyFile, load_study_file
+from rank_search.spec import FinetuneSpec, StudyFile, load_study_file
 from rank_search.trial import Evaluator
 
 DENSE_LEARNING_RATE = 1e-4
@@ -37,26 +38,31 @@ def main() -> None:
     args = parser.parse_args()
     prepared = prepare(load_study_file(args.study))
     second = None if args.second_text is None else _blocks(prepared, args.second_text)
-    dense = RankMap()
-    rows = [
-        _row("dense", "none", 1.0, dense, _with(prepared, steps=0, tokens=None), second),
-        _row("dense", "all", 1.0, dense, _with(prepared, train="all", learning_rate=DENSE_LEARNING_RATE), second),
-    ]
-    for kept in prepared.spec.search.ladder:
-        rank_map = prepared.allocator.closed_form(kept)
-        rows.append(_row("closed form", "none", kept, rank_map, _with(prepared, steps=0, tokens=None), second))
-        rows.append(_row("closed form", prepared.spec.finetune.train, kept, rank_map, prepared, second))
+    rows = [_row(*variant, prepared, second) for variant in _variants(prepared)]
     print_table(rows)
     if args.json:
         report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _with(prepared: Prepared, **changes: object) -> Prepared:
-    spec = prepared.spec
-    finetune = spec.finetune.model_copy(update=changes)
-    study = StudyFile(spec=spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
-    return dataclasses.replace(prepared, study=study)
+def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, FinetuneSpec]]:
+    """Allocation, what was trained, kept fraction, rank map, fine-tune; ``none`` slices the untrained factors."""
+    finetune = prepared.spec.finetune
+    own = finetune.steps_for(prepared.spec.data.sequence_length)
+    untrained = finetune.model_copy(update={"mode": "own", "steps": 0, "tokens": None})
+    steps = own or finetune.nested_steps
+    adapted = untrained.model_copy(update={"steps": steps, "train": "all", "learning_rate": DENSE_LEARNING_RATE})
+    yield "dense", "none", 1.0, RankMap(), untrained
+    yield "dense", f"all, {steps} steps", 1.0, RankMap(), adapted
+    for kept in prepared.spec.search.ladder:
+        rank_map = prepared.allocator.closed_form(kept)
+        yield "closed form", "none", kept, rank_map, untrained
+        if finetune.mode == "nested":
+            sliced = finetune.model_copy(update={"steps": 0, "tokens": None})
+            yield "closed form", f"nested, {finetune.nested_steps} steps", kept, rank_map, sliced
+        if own:
+            after = "nested, then " if finetune.mode == "nested" else ""
+            yield "closed form", f"{after}{finetune.train}, {own} steps", kept, rank_map, finetune
 
 
 def _blocks(prepared: Prepared, text: Path) -> torch.Tensor:
@@ -66,9 +72,17 @@ def _blocks(prepared: Prepared, text: Path) -> torch.Tensor:
 
 
 def _row(
-    allocation: str, trained: str, kept: float, rank_map: RankMap, prepared: Prepared, second: torch.Tensor | None
+    allocation: str,
+    trained: str,
+    kept: float,
+    rank_map: RankMap,
+    finetune: FinetuneSpec,
+    prepared: Prepared,
+    second: torch.Tensor | None,
 ) -> dict[str, object]:
-    evaluator = Evaluator(prepared)
+    study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
+    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
+    evaluator = Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
     with evaluator.applied(rank_map):
         first = evaluator.score()
         other = (

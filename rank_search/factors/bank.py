@@ -41,6 +41,8 @@ class BankKey:
     seed: int
     storage: Storage
     layers: tuple[tuple[str, int, int], ...]
+    tuned: str = ""
+    """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
     format_version: int = FORMAT_VERSION
 
     @classmethod

@@ -54,10 +54,10 @@ def finetune(
     optimizer = torch.optim.AdamW(
         trained, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda"
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, spec.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, spec.warmup))
     losses = torch.zeros(steps, device=device)
     with deterministic(device), _requiring_grad(trained), progress.step("fine-tune", steps) as step:
-        for index, ids in enumerate(_batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
+        for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
             with autocast(device):
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = next_token_loss(logits, ids)
@@ -71,7 +71,7 @@ def finetune(
     return FinetuneResult(_checked(losses))
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     """Learning rate relative to its peak: linear rise over the warm-up, then half a cosine down to 0."""
     rising = max(1, round(warmup * steps)) if warmup else 0
     if step < rising:
@@ -79,7 +79,7 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _batches(
+def batches(
     blocks: Int[Tensor, "blocks tokens"], batch_blocks: int, steps: int, seed: int
 ) -> Iterator[Int[Tensor, "batch tokens"]]:
     """Every block once an epoch, in an order of its own each epoch; the order depends on the seed alone."""

@@ -15,7 +15,7 @@ from rank_search.factors.decompose import decompose
 from rank_search.model.targets import find_targets, weight_matrix
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, TargetSpec
-from rank_search.train.finetune import FinetuneResult, _batches, _rate, finetune
+from rank_search.train.finetune import FinetuneResult, batches, finetune, learning_rate_factor
 from tests.data import models
 
 
@@ -104,7 +104,7 @@ def test_weight_decay_shrinks_the_factors() -> None:
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.1), (2, 0.5), (10, 0.0), (10, 0.1), (100, 0.1), (100, 0.99)])
 def test_the_learning_rate_rises_then_falls_by_a_cosine(steps: int, warmup: float) -> None:
-    rates = [_rate(step, steps, warmup) for step in range(steps)]
+    rates = [learning_rate_factor(step, steps, warmup) for step in range(steps)]
     rising = max(1, round(warmup * steps)) if warmup else 0
     assert max(rates) == pytest.approx(1.0)
     assert all(rate > 0 for rate in rates)
@@ -118,7 +118,7 @@ def test_the_learning_rate_rises_then_falls_by_a_cosine(steps: int, warmup: floa
 
 def test_every_block_is_seen_once_an_epoch() -> None:
     blocks = torch.arange(10).view(10, 1).repeat(1, 3)
-    seen = torch.cat([batch[:, 0] for batch in _batches(blocks, 4, 5, seed=0)])
+    seen = torch.cat([batch[:, 0] for batch in batches(blocks, 4, 5, seed=0)])
     assert seen[:10].sort().values.tolist() == list(range(10))
     assert seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
@@ -126,14 +126,14 @@ def test_every_block_is_seen_once_an_epoch() -> None:
 
 def test_fewer_blocks_than_a_batch_are_repeated() -> None:
     blocks = torch.arange(3).view(3, 1)
-    batches = list(_batches(blocks, 7, 2, seed=0))
-    assert [len(batch) for batch in batches] == [7, 7]
-    assert torch.bincount(torch.cat(batches).flatten()).tolist() in ([5, 5, 4], [5, 4, 5], [4, 5, 5])
+    drawn = list(batches(blocks, 7, 2, seed=0))
+    assert [len(batch) for batch in drawn] == [7, 7]
+    assert torch.bincount(torch.cat(drawn).flatten()).tolist() in ([5, 5, 4], [5, 4, 5], [4, 5, 5])
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
     blocks = torch.arange(10).view(10, 1)
-    orders = [torch.cat(list(_batches(blocks, 5, 2, seed=seed))).flatten().tolist() for seed in (0, 0, 1)]
+    orders = [torch.cat(list(batches(blocks, 5, 2, seed=seed))).flatten().tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
 

@@ -1,0 +1,124 @@
+"""The nested fine-tune: the bank's factors trained once for all rank maps, by another rank map at every step.
+
+A trial is then a slice and a score. Rank r of a matrix is always its first r factors, so the factors of small ranks are
+trained in every step and those of large ranks in few (after slimmable networks: Yu and Huang, 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rank_search.allocation import Allocator
+from rank_search.compress.low_rank import place, restore
+from rank_search.errors import NonFiniteLossError
+from rank_search.factors.decompose import Factors
+from rank_search.model.device import autocast, deterministic
+from rank_search.model.targets import Target, weight_matrix
+from rank_search.progress import SILENT, Progress
+from rank_search.ranks import RankMap
+from rank_search.score import next_token_loss
+from rank_search.spec import FinetuneSpec, SearchSpec
+from rank_search.train.finetune import batches, learning_rate_factor
+
+
+def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int], RankMap]:
+    """The rank map of every step: in turn the closed form at the study's smallest and largest kept fraction and two
+    that the search might propose."""
+    least = allocator.space.min_params / allocator.space.dense_params
+    low, high = max(search.min_kept, least), search.max_kept
+    groups = sorted({shape.group for shape in allocator.space.shapes})
+
+    def draw(index: int) -> RankMap:
+        if index % 4 in (0, 2):
+            return allocator.closed_form(low if index % 4 == 0 else high)
+        random = np.random.default_rng((search.seed, index))
+        kept, uniformity = random.uniform(low, high), random.random() ** 3
+        u = dict(zip(groups, random.uniform(-1, 1, len(groups)) * search.multiplier_range, strict=True))
+        return allocator.blend(kept, uniformity, {shape.name: u[shape.group] for shape in allocator.space.shapes})
+
+    return draw
+
+
+class NestedLinear(nn.Module):
+    """All factors of one target layer, of which ``rank`` are used; None is the dense layer."""
+
+    def __init__(self, target: Target, factors: Factors) -> None:
+        super().__init__()
+        weight = weight_matrix(target.module)
+        self.out = nn.Parameter(factors.out.to(weight.device, weight.dtype, copy=True))
+        self.inn = nn.Parameter(factors.inn.to(weight.device, weight.dtype, copy=True))
+        self.rank: int | None = None
+        # Not registered: they are the dense model's.
+        self._dense = (weight, target.module.bias if isinstance(target.module.bias, Tensor) else None)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """The layer at its present rank."""
+        weight, bias = self._dense
+        if self.rank is None:
+            return F.linear(x, weight, bias)
+        return F.linear(F.linear(x, self.inn[: self.rank]), self.out[: self.rank].T, bias)
+
+
+def nested_finetune(
+    model: nn.Module,
+    targets: Sequence[Target],
+    factors: Mapping[str, Factors],
+    rank_maps: Callable[[int], RankMap],
+    blocks: Int[Tensor, "blocks tokens"],
+    spec: FinetuneSpec,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> dict[str, Factors]:
+    """Train all factors for ``spec.nested_steps`` steps, each under the rank map of its index.
+
+    The model is the same dense model afterwards. Singular values are handed through: predicted rises stay those of the
+    untrained factors.
+
+    Raises:
+        NonFiniteLossError: the training loss became NaN or infinite.
+    """
+    layers = {target.name: NestedLinear(target, factors[target.name]) for target in targets}
+    trained: list[Tensor] = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    device = trained[0].device
+    steps = spec.nested_steps
+    optimizer = torch.optim.AdamW(
+        trained, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda"
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, spec.warmup))
+    losses = torch.zeros(steps, device=device)
+    place(targets, layers)
+    try:
+        with deterministic(device), progress.step("nested fine-tune", steps) as step:
+            for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
+                rank_map = rank_maps(index)
+                for name, layer in layers.items():
+                    layer.rank = rank_map.get(name)
+                with autocast(device):
+                    logits = model(input_ids=ids, use_cache=False).logits
+                loss = next_token_loss(logits, ids)
+                if loss.requires_grad:  # a rank map may leave every layer dense
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(trained, spec.clip)
+                    optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses[index] = loss.detach()
+                step.advance()
+    finally:
+        restore(targets)
+    worst = int((~torch.isfinite(losses)).sum())
+    if worst:
+        raise NonFiniteLossError(
+            f"the nested fine-tune's loss was not finite in {worst} of {steps} steps; lower finetune.learning_rate"
+        )
+    return {
+        name: Factors(layer.out.detach().float().cpu(), layer.inn.detach().float().cpu(), factors[name].sigma)
+        for name, layer in layers.items()
+    }

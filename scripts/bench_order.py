@@ -1,0 +1,78 @@
+"""Whether sliced losses of the nested fine-tune order rank maps as own fine-tunes do.
+
+    python scripts/bench_order.py STUDY.toml [--kept 0.5] [--maps 20] [--own-steps 100] [--json FILE]
+
+STUDY.toml is in nested mode. Rank maps of equal size, as the search might propose them, are sliced and scored, then
+fine-tuned one by one from the untrained factors and scored again; Spearman's rank correlation of the two losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from _bench import environment, print_table
+from rich.progress import track
+from scipy.stats import spearmanr
+
+from rank_search.preparing import Prepared, prepare
+from rank_search.ranks import RankMap
+from rank_search.spec import FinetuneSpec, StudyFile, load_study_file
+from rank_search.study.space import make_space
+from rank_search.trial import Evaluator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--kept", type=float, default=0.5)
+    parser.add_argument("--maps", type=int, default=20)
+    parser.add_argument("--own-steps", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    prepared = prepare(load_study_file(args.study))
+    finetune = prepared.spec.finetune
+    if finetune.mode != "nested":
+        parser.error(f'{args.study} must say finetune.mode = "nested"')
+    sliced = _evaluator(prepared, finetune.model_copy(update={"steps": 0, "tokens": None}))
+    own = _evaluator(prepared, finetune.model_copy(update={"mode": "own", "steps": args.own_steps, "tokens": None}))
+    rows = [
+        {"sliced_loss": round(sliced.measure(m).loss, 5), "own_loss": round(own.measure(m).loss, 5)}
+        for m in track(_rank_maps(prepared, args.kept, args.maps), "rank maps")
+    ]
+    correlation = float(spearmanr([r["sliced_loss"] for r in rows], [r["own_loss"] for r in rows]).statistic)
+    print_table(rows)
+    print(f"Spearman's rank correlation: {correlation:.3f}")
+    if args.json:
+        told = {"study": prepared.spec.name, "kept_of_targets": args.kept, "own_steps": args.own_steps}
+        report = {"environment": environment(prepared.device), **told, "spearman": correlation, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluator(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
+    study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
+    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
+    return Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
+
+
+def _rank_maps(prepared: Prepared, kept: float, count: int) -> list[RankMap]:
+    space, random = make_space(prepared.spec.search, prepared.allocator), np.random.default_rng(0)
+    names = [name for name in space.distributions if name not in {"kept", "uniformity"}]
+    reach = prepared.spec.search.multiplier_range
+    return [
+        space.decode(
+            {
+                "kept": kept,
+                "uniformity": random.random(),
+                **dict(zip(names, random.uniform(-reach, reach, len(names)), strict=True)),
+            }
+        )
+        for _ in range(count)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The nested fine-tune: trained once, sliced by every trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_search as rs
+from rank_search.errors import NonFiniteLossError
+from rank_search.measurement import Fidelity
+from rank_search.preparing import Prepared, prepare
+from rank_search.spec import FinetuneSpec, load_study_file
+from rank_search.train.nested import NestedLinear, sampled_rank_maps
+from rank_search.trial import Evaluator
+from tests.conftest import StudyFactory
+
+NESTED = {"mode": "nested", "nested_steps": 40, "steps": 0, "learning_rate": 5e-3}
+
+
+@pytest.fixture
+def prepared(tiny_study: StudyFactory) -> Prepared:
+    return prepare(load_study_file(tiny_study(finetune=NESTED)))
+
+
+def test_a_nested_layer_is_the_slice_of_its_rank(prepared: Prepared) -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    for target in prepared.targets:
+        factors = prepared.bank[target.name]
+        layer = NestedLinear(target, factors)
+        inputs = x[..., : target.shape.n]
+        with torch.no_grad():
+            assert torch.equal(layer(inputs), target.module(inputs))
+            layer.rank = 3
+            expected = inputs @ (factors.out[:3].T @ factors.inn[:3]).T
+            torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_of_the_tuned_factors_score_better_at_every_size(prepared: Prepared, tiny_study: StudyFactory) -> None:
+    plain = Evaluator(prepare(load_study_file(tiny_study(finetune={"steps": 0}))))
+    tuned = Evaluator(prepared)
+    for kept in (0.3, 0.5, 0.7):
+        rank_map = prepared.allocator.closed_form(kept)
+        found = tuned.measure(rank_map)
+        assert found.fidelity == Fidelity.SLICED
+        assert found.loss < plain.measure(rank_map).loss
+
+
+def test_the_dense_model_and_the_predicted_rises_stay(tiny_study: StudyFactory) -> None:
+    path = tiny_study(finetune=NESTED)
+    before = prepare(load_study_file(path), nested=False)
+    weights = {name: tensor.clone() for name, tensor in before.model.state_dict().items()}
+    after = prepare(load_study_file(path))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in after.model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in after.model.parameters())
+    for name, tail in before.bank.tails().items():
+        assert (after.trial_bank.tails()[name] == tail).all()
+    assert after.trial_bank.path != after.bank.path
+
+
+def test_it_is_made_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("rank_search.preparing.nested_finetune", again)
+    assert prepare(prepared.study).trial_bank.path == prepared.trial_bank.path
+
+
+def test_another_learning_rate_is_another_bank_and_own_steps_are_not(
+    prepared: Prepared, tiny_study: StudyFactory
+) -> None:
+    other = prepare(load_study_file(tiny_study(finetune=NESTED | {"learning_rate": 1e-3})))
+    assert other.trial_bank.path != prepared.trial_bank.path
+    own = prepare(load_study_file(tiny_study(finetune=NESTED | {"steps": 2})))
+    assert own.trial_bank.path == prepared.trial_bank.path
+    assert Evaluator(own).measure(own.allocator.closed_form(0.5)).fidelity == Fidelity.TUNED
+
+
+def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
+    draw = sampled_rank_maps(prepared.allocator, prepared.spec.search)
+    space = prepared.space
+    kept = [space.kept_of_targets(draw(index)) for index in range(40)]
+    low, high = prepared.spec.search.min_kept, prepared.spec.search.max_kept
+    assert kept[0] == pytest.approx(low, abs=0.02)
+    assert kept[2] == pytest.approx(high, abs=0.02)
+    assert max(kept) <= high
+    assert len({draw(index).digest for index in range(40)}) == 22
+    assert draw(7) == draw(7)
+
+
+def test_a_study_is_searched_exported_and_applied(tiny_study: StudyFactory, tmp_path: Path) -> None:
+    path = tiny_study(finetune=NESTED)
+    front = rs.run(path, trials=5)
+    assert {point.measurement.fidelity for point in front} == {Fidelity.SLICED}
+    file = rs.export(path, trial=front[0].trial)
+    file.write(tmp_path / "map.json", folder=path.parent)
+    assert file.measurement is not None
+    assert rs.apply(tmp_path / "map.json", tmp_path / "out").loss == file.measurement.loss
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_study: StudyFactory) -> None:
+    path = tiny_study(finetune=NESTED | {"learning_rate": 1e30})
+    with pytest.raises(
+        NonFiniteLossError, match=r"^the nested fine-tune's loss was not finite in \d+ of 40 steps; lower"
+    ):
+        prepare(load_study_file(path))
+
+
+def test_without_a_budget_of_its_own_a_trial_only_slices() -> None:
+    assert FinetuneSpec(mode="nested").steps_for(128) == 0
+    assert FinetuneSpec().steps_for(128) == 100
