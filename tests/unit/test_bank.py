@@ -85,7 +85,8 @@ def test_another_process_finds_it(tmp_path: Path, processes: ForkServerContext) 
     "change",
     [
         {"revision": "abc"}, {"weights_digest": "other"}, {"calibration_digest": "other"}, {"method": "svd"},
-        {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"format_version": 99},
+        {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"tuned": "nested"},
+        {"format_version": 99},
     ],
 )  # fmt: skip
 def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> N
 
 
 def test_every_field_of_the_key_is_tested_above() -> None:
-    assert len(fields(BankKey)) == 9
+    assert len(fields(BankKey)) == 10
 
 
 def test_plain_svd_shares_its_bank_between_calibrations() -> None:
