@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import resource
@@ -14,7 +15,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from rank_search.spec import StudyFile
+from rank_search.preparing import Prepared
+from rank_search.spec import FinetuneSpec, StudyFile
+from rank_search.trial import Evaluator
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -41,6 +44,13 @@ def with_work_dir(study: StudyFile, folder: Path) -> StudyFile:
     """The same study with another working folder."""
     run = study.spec.run.model_copy(update={"work_dir": str(folder)})
     return StudyFile(spec=study.spec.model_copy(update={"run": run}), folder=study.folder)
+
+
+def evaluator_with(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
+    """An evaluator of the same study under another fine-tune, on the bank that its mode asks for."""
+    study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
+    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
+    return Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:

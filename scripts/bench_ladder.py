@@ -10,21 +10,19 @@ text, not repair of what truncation broke.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from _bench import environment, print_table
+from _bench import environment, evaluator_with, print_table
 
 from rank_search.data.sources import Source
 from rank_search.data.splits import eval_blocks
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
 from rank_search.score import score
-from rank_search.spec import FinetuneSpec, StudyFile, load_study_file
-from rank_search.trial import Evaluator
+from rank_search.spec import FinetuneSpec, load_study_file
 
 DENSE_LEARNING_RATE = 1e-4
 """For all parameters of the dense model; the factors' own rate would harm it."""
@@ -80,9 +78,7 @@ def _row(
     prepared: Prepared,
     second: torch.Tensor | None,
 ) -> dict[str, object]:
-    study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
-    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
-    evaluator = Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
+    evaluator = evaluator_with(prepared, finetune)
     with evaluator.applied(rank_map):
         first = evaluator.score()
         other = (

@@ -9,20 +9,18 @@ fine-tuned one by one from the untrained factors and scored again; Spearman's ra
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
-from _bench import environment, print_table
+from _bench import environment, evaluator_with, print_table
 from rich.progress import track
 from scipy.stats import spearmanr
 
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
-from rank_search.spec import FinetuneSpec, StudyFile, load_study_file
+from rank_search.spec import load_study_file
 from rank_search.study.space import make_space
-from rank_search.trial import Evaluator
 
 
 def main() -> None:
@@ -37,8 +35,8 @@ def main() -> None:
     finetune = prepared.spec.finetune
     if finetune.mode != "nested":
         parser.error(f'{args.study} must say finetune.mode = "nested"')
-    sliced = _evaluator(prepared, finetune.model_copy(update={"steps": 0, "tokens": None}))
-    own = _evaluator(prepared, finetune.model_copy(update={"mode": "own", "steps": args.own_steps, "tokens": None}))
+    sliced = evaluator_with(prepared, finetune.model_copy(update={"steps": 0, "tokens": None}))
+    own = evaluator_with(prepared, finetune.model_copy(update={"mode": "own", "steps": args.own_steps, "tokens": None}))
     rows = [
         {"sliced_loss": round(sliced.measure(m).loss, 5), "own_loss": round(own.measure(m).loss, 5)}
         for m in track(_rank_maps(prepared, args.kept, args.maps), "rank maps")
@@ -50,12 +48,6 @@ def main() -> None:
         told = {"study": prepared.spec.name, "kept_of_targets": args.kept, "own_steps": args.own_steps}
         report = {"environment": environment(prepared.device), **told, "spearman": correlation, "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _evaluator(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
-    study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
-    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
-    return Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
 
 
 def _rank_maps(prepared: Prepared, kept: float, count: int) -> list[RankMap]:

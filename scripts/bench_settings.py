@@ -58,7 +58,7 @@ def _changed(study: StudyFile, setting: str, value: object) -> StudyFile:
     tables = study.spec.model_dump(mode="json")
     tables[table][key] = value
     if table == "factors":
-        tables["finetune"] |= {"steps": 0, "tokens": None}
+        tables["finetune"] |= {"mode": "own", "steps": 0, "tokens": None}
     return StudyFile(spec=parse_study(tables, where=str(setting)), folder=study.folder)
 
 

@@ -12,12 +12,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from _bench import print_table
+from _bench import evaluator_with, print_table
 
 from rank_search.preparing import prepare
-from rank_search.spec import StudyFile, load_study_file
+from rank_search.spec import load_study_file
 from rank_search.study.space import make_space
-from rank_search.trial import Evaluator
 
 
 def main() -> None:
@@ -29,15 +28,14 @@ def main() -> None:
     parser.add_argument("--blend", nargs="+", type=float, default=[0.0, 0.1, 0.25, 0.5, 0.75])
     args = parser.parse_args()
     study = load_study_file(args.study)
-    finetune = study.spec.finetune.model_copy(update={"steps": 0, "tokens": None})
-    spec = study.spec.model_copy(update={"finetune": finetune})
-    prepared = prepare(StudyFile(spec=spec, folder=study.folder))
-    evaluator, allocator = Evaluator(prepared), prepared.allocator
+    untrained = study.spec.finetune.model_copy(update={"mode": "own", "steps": 0, "tokens": None})
+    prepared = prepare(study, nested=False)
+    evaluator, allocator = evaluator_with(prepared, untrained), prepared.allocator
     base = evaluator.measure(allocator.closed_form(args.kept)).loss
-    names = [name for name in make_space(spec.search, allocator).distributions if name.startswith("u.")]
+    names = [name for name in make_space(study.spec.search, allocator).distributions if name.startswith("u.")]
     rows: list[dict[str, object]] = []
     for reach in args.reach:
-        search = spec.search.model_copy(update={"multiplier_range": reach})
+        search = study.spec.search.model_copy(update={"multiplier_range": reach})
         space, random = make_space(search, allocator), np.random.default_rng(0)
         draws = [dict(zip(names, random.uniform(-reach, reach, len(names)), strict=True)) for _ in range(args.draws)]
         maps = [space.decode({"kept": args.kept, "uniformity": 0.0, **draw}) for draw in draws]

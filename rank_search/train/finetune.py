@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,25 +50,48 @@ def finetune(
         trained = list(model.parameters())
     if not trained:
         return FinetuneResult(())
+    with _requiring_grad(trained):
+        losses = train_steps(model, trained, blocks, spec, steps, seed=seed, title="fine-tune", progress=progress)
+    return FinetuneResult(_checked(losses))
+
+
+def train_steps(
+    model: nn.Module,
+    trained: Sequence[Tensor],
+    blocks: Int[Tensor, "blocks tokens"],
+    spec: FinetuneSpec,
+    steps: int,
+    *,
+    seed: int,
+    title: str,
+    progress: Progress = SILENT,
+    before_step: Callable[[int], None] = lambda _index: None,
+) -> Float[Tensor, " steps"]:
+    """The loop of every fine-tune: ``steps`` of AdamW on ``trained``; returns each step's loss, on the device.
+
+    ``before_step`` is called with a step's index before its forward pass.
+    """
     device = trained[0].device
     optimizer = torch.optim.AdamW(
         trained, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda"
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, spec.warmup))
     losses = torch.zeros(steps, device=device)
-    with deterministic(device), _requiring_grad(trained), progress.step("fine-tune", steps) as step:
+    with deterministic(device), progress.step(title, steps) as step:
         for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
+            before_step(index)
             with autocast(device):
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = next_token_loss(logits, ids)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, spec.clip)
-            optimizer.step()
+            if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained, spec.clip)
+                optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses[index] = loss.detach()
             step.advance()
-    return FinetuneResult(_checked(losses))
+    return losses
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -18,13 +18,11 @@ from rank_search.allocation import Allocator
 from rank_search.compress.low_rank import place, restore
 from rank_search.errors import NonFiniteLossError
 from rank_search.factors.decompose import Factors
-from rank_search.model.device import autocast, deterministic
 from rank_search.model.targets import Target, weight_matrix
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
-from rank_search.score import next_token_loss
 from rank_search.spec import FinetuneSpec, SearchSpec
-from rank_search.train.finetune import batches, learning_rate_factor
+from rank_search.train.finetune import train_steps
 
 
 def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int], RankMap]:
@@ -86,31 +84,19 @@ def nested_finetune(
     """
     layers = {target.name: NestedLinear(target, factors[target.name]) for target in targets}
     trained: list[Tensor] = [parameter for layer in layers.values() for parameter in layer.parameters()]
-    device = trained[0].device
     steps = spec.nested_steps
-    optimizer = torch.optim.AdamW(
-        trained, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda"
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, spec.warmup))
-    losses = torch.zeros(steps, device=device)
+
+    def set_ranks(index: int) -> None:
+        rank_map = rank_maps(index)
+        for name, layer in layers.items():
+            layer.rank = rank_map.get(name)
+
     place(targets, layers)
     try:
-        with deterministic(device), progress.step("nested fine-tune", steps) as step:
-            for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
-                rank_map = rank_maps(index)
-                for name, layer in layers.items():
-                    layer.rank = rank_map.get(name)
-                with autocast(device):
-                    logits = model(input_ids=ids, use_cache=False).logits
-                loss = next_token_loss(logits, ids)
-                if loss.requires_grad:  # a rank map may leave every layer dense
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(trained, spec.clip)
-                    optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses[index] = loss.detach()
-                step.advance()
+        losses = train_steps(
+            model, trained, blocks, spec, steps, seed=seed, title="nested fine-tune", progress=progress,
+            before_step=set_ranks,
+        )  # fmt: skip
     finally:
         restore(targets)
     worst = int((~torch.isfinite(losses)).sum())
