@@ -1,9 +1,9 @@
 """Compressed models as checkpoint folders that transformers loads by itself.
 
-``factored`` keeps the two factors: the folder brings a small modelling file of its own and loads with
-``trust_remote_code=True``. Its model type is its own too, so that without that permission loading is refused rather
-than filling the missing matrices with random numbers. ``dense`` multiplies the factors out: an ordinary checkpoint of
-the original architecture, the same function at the original size.
+``factored`` keeps the matrices of low rank as they are stored, in two-factor or pivoted form: the folder brings a small
+modelling file of its own and loads with ``trust_remote_code=True``. Its model type is its own too, so that without that
+permission loading is refused rather than filling the missing matrices with random numbers. ``dense`` multiplies them
+out: an ordinary checkpoint of the original architecture, the same function at the original size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from rank_search.compress.folder import check_free
-from rank_search.compress.low_rank import LowRankLinear
+from rank_search.compress.low_rank import LowRankLinear, place
 from rank_search.compress.pivoted import PivotedLinear
 from rank_search.errors import CheckpointError, ModelError, one_line
 from rank_search.model.load import LoadedModel, weights_digest
@@ -193,17 +193,12 @@ def _imported(code: str) -> Iterator[ModuleType]:
 @contextmanager
 def _multiplied_out(targets: Sequence[Target], layers: Layers) -> Iterator[None]:
     """Ordinary layers of the original kind in the place of ``layers``."""
-    replaced = [(target, layers[target.name]) for target in targets if target.name in layers]
+    dense = {target.name: _like(target.module, layers[target.name]) for target in targets if target.name in layers}
+    place(targets, dense)
     try:
-        for target, layer in replaced:
-            dense = _like(target.module, layer)
-            for parent, attribute in target.places:
-                setattr(parent, attribute, dense)
         yield
     finally:
-        for target, layer in replaced:
-            for parent, attribute in target.places:
-                setattr(parent, attribute, layer)
+        place(targets, layers)
 
 
 def _like(module: nn.Module, layer: LowRankLinear | PivotedLinear) -> nn.Module:
