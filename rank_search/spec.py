@@ -18,6 +18,7 @@ from rank_search.ranks import Storage
 Method = Literal["kfac", "whitened", "asvd", "fwsvd", "svd"]
 Layers = Literal["linear", "attention", "query-value"]
 Space = Literal["multipliers", "direct"]
+TaskName = Literal["causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm"]
 Sampler = Literal["tpe", "nsga2", "gp", "random"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
@@ -39,6 +40,8 @@ class ModelSpec(_Table):
 
     source: Name
     """Hub id, folder, or GGUF file; a relative path is relative to the study file."""
+    task: TaskName = "causal-lm"
+    """What it predicts: the next token, masked tokens, the label of a text, or a text from another one."""
     revision: Name | None = None
     """Commit, tag or branch of a hub model; a study stores the commit it resolves to."""
     trust_remote_code: bool = False
@@ -121,7 +124,9 @@ class FinetuneSpec(_Table):
     batch_blocks: Positive = 8
     """Blocks in a step."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 4e-4
-    """Of AdamW, at its peak."""
+    """Of AdamW for the factors, at its peak."""
+    dense_learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-4
+    """Of AdamW for what `train = "all"` trains beside the factors, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the learning rate rises; it then falls by a cosine."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0

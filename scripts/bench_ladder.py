@@ -24,9 +24,6 @@ from rank_search.ranks import RankMap
 from rank_search.score import score
 from rank_search.spec import FinetuneSpec, load_study_file
 
-DENSE_LEARNING_RATE = 1e-4
-"""For all parameters of the dense model; the factors' own rate would harm it."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +46,7 @@ def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, Fi
     own = finetune.steps_for(prepared.spec.data.sequence_length)
     untrained = finetune.model_copy(update={"mode": "own", "steps": 0, "tokens": None})
     steps = own or finetune.nested_steps
-    adapted = untrained.model_copy(update={"steps": steps, "train": "all", "learning_rate": DENSE_LEARNING_RATE})
+    adapted = untrained.model_copy(update={"steps": steps, "train": "all"})
     yield "dense", "none", 1.0, RankMap(), untrained
     yield "dense", f"all, {steps} steps", 1.0, RankMap(), adapted
     for kept in prepared.spec.search.ladder:

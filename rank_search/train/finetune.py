@@ -17,6 +17,9 @@ from rank_search.model.device import autocast, deterministic
 from rank_search.progress import SILENT, Progress
 from rank_search.score import next_token_loss
 from rank_search.spec import FinetuneSpec
+from rank_search.train.capture import Batch, CapturedStep
+
+_NOT_CAPTURED = "the steps of this model cannot be recorded ({}); running them one by one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ def finetune(
     *,
     seed: int,
     progress: Progress = SILENT,
+    capture: bool = True,
 ) -> FinetuneResult:
     """Train the factors in ``layers`` (or, with ``spec.train = "all"``, every parameter) on ``blocks``, in place.
 
@@ -45,19 +49,33 @@ def finetune(
     steps = spec.steps_for(blocks.shape[1])
     if steps == 0:
         return FinetuneResult(())
-    trained: list[Tensor] = [factor for layer in layers for factor in layer.factors]
+    factors: list[Tensor] = [factor for layer in layers for factor in layer.factors]
+    groups = [Group(factors, spec.learning_rate)]
     if spec.train == "all":
-        trained = list(model.parameters())
-    if not trained:
+        known = {id(factor) for factor in factors}
+        dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        groups.append(Group(dense, spec.dense_learning_rate))
+    groups = [group for group in groups if group.parameters]
+    if not groups:
         return FinetuneResult(())
-    with _requiring_grad(trained):
-        losses = train_steps(model, trained, blocks, spec, steps, seed=seed, title="fine-tune", progress=progress)
+    with _requiring_grad([parameter for group in groups for parameter in group.parameters]):
+        losses = train_steps(
+            model, groups, blocks, spec, steps, seed=seed, title="fine-tune", progress=progress, capture=capture
+        )
     return FinetuneResult(_checked(losses))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are trained at one learning rate (its peak)."""
+
+    parameters: Sequence[Tensor]
+    learning_rate: float
 
 
 def train_steps(
     model: nn.Module,
-    trained: Sequence[Tensor],
+    groups: Sequence[Group],
     blocks: Int[Tensor, "blocks tokens"],
     spec: FinetuneSpec,
     steps: int,
@@ -65,33 +83,60 @@ def train_steps(
     seed: int,
     title: str,
     progress: Progress = SILENT,
-    before_step: Callable[[int], None] = lambda _index: None,
+    before_step: Callable[[int], object] = lambda _index: None,
+    capture: bool = True,
 ) -> Float[Tensor, " steps"]:
-    """The loop of every fine-tune: ``steps`` of AdamW on ``trained``; returns each step's loss, on the device.
+    """The loop of every fine-tune: ``steps`` of AdamW on ``groups``; returns each step's loss, on the device.
 
-    ``before_step`` is called with a step's index before its forward pass.
+    ``before_step`` is called with a step's index before its forward pass; it may change the content of tensors, but
+    not the work of a step: on a GPU it is recorded once and replayed (:class:`CapturedStep`), unless ``capture`` is
+    False.
     """
+    trained = [parameter for group in groups for parameter in group.parameters]
     device = trained[0].device
-    optimizer = torch.optim.AdamW(
-        trained, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda"
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, spec.warmup))
+    on_gpu = device.type == "cuda"
+    optimizer = _adamw(groups, device, spec)
+
+    def one_step(batch: Batch) -> Tensor:
+        with autocast(device):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = next_token_loss(logits, batch["input_ids"])
+        if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, spec.clip)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    do_step = one_step
+    if on_gpu and capture:
+        do_step = CapturedStep(model, one_step, on_refusal=lambda reason: progress.say(_NOT_CAPTURED.format(reason)))
     losses = torch.zeros(steps, device=device)
     with deterministic(device), progress.step(title, steps) as step:
         for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
             before_step(index)
-            with autocast(device):
-                logits = model(input_ids=ids, use_cache=False).logits
-            loss = next_token_loss(logits, ids)
-            if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, spec.clip)
-                optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[index] = loss.detach()
+            _set_learning_rates(optimizer, groups, learning_rate_factor(index, steps, spec.warmup))
+            losses[index] = do_step({"input_ids": ids})
             step.advance()
     return losses
+
+
+def _adamw(groups: Sequence[Group], device: torch.device, spec: FinetuneSpec) -> torch.optim.AdamW:
+    on_gpu = device.type == "cuda"
+    # On a GPU the rates are tensors: a recorded step has to read them anew.
+    rates = [torch.tensor(g.learning_rate, device=device) if on_gpu else g.learning_rate for g in groups]
+    return torch.optim.AdamW(
+        [{"params": list(g.parameters), "lr": rate} for g, rate in zip(groups, rates, strict=True)],
+        betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=on_gpu, capturable=on_gpu,
+    )  # fmt: skip
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], factor: float) -> None:
+    for held, group in zip(optimizer.param_groups, groups, strict=True):
+        if isinstance(held["lr"], Tensor):
+            held["lr"].fill_(factor * group.learning_rate)
+        else:
+            held["lr"] = factor * group.learning_rate
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -107,12 +152,12 @@ def batches(
 ) -> Iterator[Int[Tensor, "batch tokens"]]:
     """Every block once an epoch, in an order of its own each epoch; the order depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch_blocks:
-            order = torch.cat([order, torch.randperm(len(blocks), generator=generator)])
-        yield blocks[order[:batch_blocks].to(blocks.device, non_blocking=True)]
-        order = order[batch_blocks:]
+    epochs = -(-steps * batch_blocks // len(blocks))
+    orders = [torch.randperm(len(blocks), generator=generator) for _ in range(epochs)]
+    # Moved at once: a copy from the host in every step would make the host wait.
+    order = torch.cat(orders)[: steps * batch_blocks].to(blocks.device)
+    for taken in order.split(batch_blocks):
+        yield blocks[taken]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from rank_search.model.targets import Target, weight_matrix
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, SearchSpec
-from rank_search.train.finetune import train_steps
+from rank_search.train.finetune import Group, train_steps
 
 
 def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int], RankMap]:
@@ -44,23 +44,36 @@ def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int
 
 
 class NestedLinear(nn.Module):
-    """All factors of one target layer, of which ``rank`` are used; None is the dense layer."""
+    """All factors of one target layer, of which the first ``rank`` are used; a rank of -1 is the dense layer.
 
-    def __init__(self, target: Target, factors: Factors) -> None:
+    The rank is a tensor that the layer reads in every forward pass, and all factors are multiplied whatever it says:
+    the work never changes, so that on a GPU a step can be recorded (``masked``). On a CPU, which gains nothing from
+    that, the factors are sliced. Both give the same sums of the same products.
+    """
+
+    def __init__(self, target: Target, factors: Factors, rank: Int[Tensor, ""], *, masked: bool) -> None:
         super().__init__()
         weight = weight_matrix(target.module)
         self.out = nn.Parameter(factors.out.to(weight.device, weight.dtype, copy=True))
         self.inn = nn.Parameter(factors.inn.to(weight.device, weight.dtype, copy=True))
-        self.rank: int | None = None
+        self._rank = rank
+        self._masked = masked
+        self._index = torch.arange(len(factors.inn), device=weight.device)
         # Not registered: they are the dense model's.
         self._dense = (weight, target.module.bias if isinstance(target.module.bias, Tensor) else None)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """The layer at its present rank."""
         weight, bias = self._dense
-        if self.rank is None:
-            return F.linear(x, weight, bias)
-        return F.linear(F.linear(x, self.inn[: self.rank]), self.out[: self.rank].T, bias)
+        if not self._masked:
+            rank = int(self._rank)
+            if rank < 0:
+                return F.linear(x, weight, bias)
+            return F.linear(F.linear(x, self.inn[:rank]), self.out[:rank].T, bias)
+        inner = F.linear(x, self.inn)
+        low_rank = F.linear(inner * (self._index < self._rank).to(inner.dtype), self.out.T, bias)
+        dense = F.linear(x, weight)
+        return low_rank + dense * (self._rank < 0).to(dense.dtype)
 
 
 def nested_finetune(
@@ -82,20 +95,22 @@ def nested_finetune(
     Raises:
         NonFiniteLossError: the training loss became NaN or infinite.
     """
-    layers = {target.name: NestedLinear(target, factors[target.name]) for target in targets}
-    trained: list[Tensor] = [parameter for layer in layers.values() for parameter in layer.parameters()]
     steps = spec.nested_steps
-
-    def set_ranks(index: int) -> None:
-        rank_map = rank_maps(index)
-        for name, layer in layers.items():
-            layer.rank = rank_map.get(name)
-
+    device = next(model.parameters()).device
+    # All at once: one copy to the device, none in the loop.
+    ranks = torch.tensor([_ranks(rank_maps(index), targets) for index in range(steps)]).to(device)
+    now = ranks[0].clone()
+    masked = device.type == "cuda"
+    layers = {
+        target.name: NestedLinear(target, factors[target.name], rank, masked=masked)
+        for target, rank in zip(targets, now, strict=True)
+    }
+    trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     place(targets, layers)
     try:
         losses = train_steps(
-            model, trained, blocks, spec, steps, seed=seed, title="nested fine-tune", progress=progress,
-            before_step=set_ranks,
+            model, [Group(trained, spec.learning_rate)], blocks, spec, steps, seed=seed, title="nested fine-tune",
+            progress=progress, before_step=lambda index: now.copy_(ranks[index]),
         )  # fmt: skip
     finally:
         restore(targets)
@@ -108,3 +123,7 @@ def nested_finetune(
         name: Factors(layer.out.detach().float().cpu(), layer.inn.detach().float().cpu(), factors[name].sigma)
         for name, layer in layers.items()
     }
+
+
+def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:
+    return [rank_map.get(target.name, -1) for target in targets]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from rank_search.compress.low_rank import compressed
 from rank_search.factors.statistics import collect_statistics
 from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
+from rank_search.progress import Progress
 from rank_search.spec import TargetSpec, load_study_file
+from rank_search.train.capture import Batch, CapturedStep
+from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 from tests.data import models
@@ -82,3 +87,43 @@ def test_labels_do_not_depend_on_how_many_blocks_make_a_batch() -> None:
         assert other is not None
         # Other labels would differ by far more than bf16's rounding.
         assert float((layer.G - other).norm() / layer.G.norm()) < 0.05, name
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.mark.parametrize("train", ["factors", "all"])
+def test_recorded_steps_train_as_steps_run_one_by_one(tiny_study: StudyFactory, train: str) -> None:
+    prepared = _prepare(tiny_study(run={"device": "cuda"}, finetune={"steps": 12, "train": train}))
+    blocks = torch.from_numpy(prepared.splits.train.copy()).to(prepared.device)
+    spec = prepared.spec.finetune
+    found = []
+    for capture in (False, True):
+        model = copy.deepcopy(prepared.model)
+        targets = find_targets(model, TargetSpec())
+        heard = Heard()
+        with compressed(targets, prepared.bank.on(prepared.device), prepared.allocator.closed_form(0.5)) as layers:
+            result = finetune(model, list(layers.values()), blocks, spec, seed=0, capture=capture, progress=heard)
+        assert heard.lines == []
+        found.append(torch.tensor(result.losses))
+    assert found[0][-1] < found[0][0]
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=0)
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_usual() -> None:
+    weight = torch.ones(3, device="cuda")
+
+    def waits(batch: Batch) -> torch.Tensor:
+        weight.mul_(0.5)
+        return weight.sum() * float(batch["x"].sum())  # float() waits for the device
+
+    reasons: list[str] = []
+    step = CapturedStep(nn.Identity(), waits, on_refusal=reasons.append)
+    losses = [float(step({"x": torch.ones(1, device="cuda")})) for _ in range(6)]
+    assert len(reasons) == 1
+    assert losses == [3 * 0.5**k for k in range(1, 7)]

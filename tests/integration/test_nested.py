@@ -24,17 +24,33 @@ def prepared(tiny_study: StudyFactory) -> Prepared:
     return prepare(load_study_file(tiny_study(finetune=NESTED)))
 
 
-def test_a_nested_layer_is_the_slice_of_its_rank(prepared: Prepared) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_nested_layer_is_the_slice_of_its_rank(prepared: Prepared, masked: bool) -> None:
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     for target in prepared.targets:
         factors = prepared.bank[target.name]
-        layer = NestedLinear(target, factors)
+        rank = torch.tensor(-1)
+        layer = NestedLinear(target, factors, rank, masked=masked)
         inputs = x[..., : target.shape.n]
         with torch.no_grad():
-            assert torch.equal(layer(inputs), target.module(inputs))
-            layer.rank = 3
+            torch.testing.assert_close(layer(inputs), target.module(inputs), rtol=1e-5, atol=1e-6)
+            rank.fill_(3)
             expected = inputs @ (factors.out[:3].T @ factors.inn[:3]).T
             torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masking_trains_as_slicing_does(prepared: Prepared) -> None:
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
+    target = prepared.targets[0]
+    gradients = []
+    for masked in (False, True):
+        layer = NestedLinear(target, prepared.bank[target.name], torch.tensor(5), masked=masked)
+        layer(x[..., : target.shape.n]).square().sum().backward()
+        assert layer.out.grad is not None and layer.inn.grad is not None
+        assert not layer.out.grad[5:].any() and not layer.inn.grad[5:].any()
+        gradients.append((layer.out.grad, layer.inn.grad))
+    for sliced, zeroed in zip(*gradients, strict=True):
+        torch.testing.assert_close(sliced, zeroed, rtol=1e-4, atol=1e-6)
 
 
 def test_slices_of_the_tuned_factors_score_better_at_every_size(prepared: Prepared, tiny_study: StudyFactory) -> None:
