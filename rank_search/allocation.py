@@ -9,7 +9,7 @@ is a sum over layers, so the best rank maps of all budgets lie on the lower conv
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,22 @@ def lower_hull(params: Ints, rises: Floats) -> Ints:
     return np.array(hull, dtype=np.int64)
 
 
+def proportional(weights: Floats, low: Floats, high: Floats, total: float) -> Floats:
+    """Numbers in proportion to ``weights`` (all above 0), each within ``low`` and ``high``, that sum to ``total``.
+
+    A ``total`` outside of the sums of ``low`` and ``high`` is moved to the nearer one.
+    """
+    # The sum rises with the scale, which is that of the whole only where no bound is met: bisected.
+    below, above = 0.0, float((high / weights).max())
+    for _ in range(200):
+        scale = (below + above) / 2
+        if np.clip(scale * weights, low, high).sum() > total:
+            above = scale
+        else:
+            below = scale
+    return np.clip(below * weights, low, high)
+
+
 class Allocator:
     """Allocates budgets over the layers of one rank space.
 
@@ -102,6 +118,15 @@ class Allocator:
     def uniform(self, kept: float) -> RankMap:
         """The same kept fraction for every layer, what rounding leaves over going to the largest remainders."""
         return self._rank_map(self._uniform(self.space.budget(kept)))
+
+    def towards(self, kept: float, wanted: Mapping[str, float]) -> RankMap:
+        """The rank map whose layers hold about ``wanted`` parameters each (by module name), within the budget.
+
+        Every layer takes its largest choice of at most what is wanted; what is left of the budget goes to the largest
+        remainders, and where too much is wanted the layers that exceed theirs most give back.
+        """
+        shares = [wanted[curve.shape.name] for curve in self._curves]
+        return self._rank_map(self._towards(self.space.budget(kept), shares))
 
     def blend(self, kept: float, uniformity: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
         """Between the closed form (``uniformity`` 0) and uniform (1): each layer's parameters are interpolated.
@@ -152,10 +177,12 @@ class Allocator:
 
     def _uniform(self, budget: int) -> list[int]:
         fraction = budget / self.space.dense_params
+        return self._towards(budget, [fraction * curve.shape.dense_params for curve in self._curves])
+
+    def _towards(self, budget: int, shares: Sequence[float]) -> list[int]:
         chosen: list[int] = []
         surplus: dict[int, float] = {}
-        for curve in self._curves:
-            share = fraction * curve.shape.dense_params
+        for curve, share in zip(self._curves, shares, strict=True):
             index = max(0, int(np.searchsorted(curve.params, share + 1e-6, side="right")) - 1)
             chosen.append(index)
             following = min(index + 1, len(curve.params) - 1)
@@ -163,16 +190,16 @@ class Allocator:
             # A layer's second extra step comes after every other layer's first.
             surplus[id(curve)] = index + ((share - curve.params[index]) / step if step else 0.0)
         # Layers that cannot go as low as their share may have overspent; the others give it back.
-        self._give_back(chosen, budget)
+        self._give_back(chosen, budget, shares)
         self._spend(chosen, budget, lambda curve, i: surplus[id(curve)] - i)
         return chosen
 
-    def _give_back(self, chosen: list[int], budget: int) -> None:
-        """Lower the layers that keep the largest fraction until the budget is met."""
+    def _give_back(self, chosen: list[int], budget: int, shares: Sequence[float]) -> None:
+        """Lower the layers that exceed their share most, relative to it, until the budget is met."""
         used = self._used(chosen)
         while used > budget:
             lowerable = [k for k, i in enumerate(chosen) if i > 0]
-            k = max(lowerable, key=lambda k: self._curves[k].params[chosen[k]] / self._curves[k].shape.dense_params)
+            k = max(lowerable, key=lambda k: self._curves[k].params[chosen[k]] / max(shares[k], 1.0))
             curve = self._curves[k]
             used -= int(curve.params[chosen[k]] - curve.params[chosen[k] - 1])
             chosen[k] -= 1

@@ -7,8 +7,8 @@ Torch, transformers and Optuna are loaded by the functions that need them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,14 +16,15 @@ from rank_search.errors import BudgetError, DataError, RankMapError, StorageErro
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import LayerShape, RankSpace
-from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, load_study_file
+from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, TaskName, load_study_file, parse_study
 
 if TYPE_CHECKING:
     from rank_search.applying import ModelScore
     from rank_search.preparing import Prepared
     from rank_search.study.facts import StudyFacts
     from rank_search.study.records import StudyRecord, StudyStatus, TrialRecord
+    from rank_search.study.space import Seed
     from rank_search.study.store import StudyStore
     from rank_search.worker import Outcome
 
@@ -34,13 +35,16 @@ StudyLike = StudyFile | Path | str
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What ``evaluate`` found: loss in nats per token with its standard error, perplexity, parameters of the model."""
+    """What ``evaluate`` found: loss in nats per token with its standard error, perplexity, parameters, metrics."""
 
     loss: float
     standard_error: float
     perplexity: float
     tokens: int
     num_params: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    unit: str = "token"
+    """What the loss is a mean over, and ``tokens`` counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +107,20 @@ def run(
 
     check_sampler(file.spec.search)
     from rank_search.preparing import prepare as prepare_study
-    from rank_search.study.study import Study
+    from rank_search.study.study import Study, given_seeds
     from rank_search.trial import Evaluator
     from rank_search.worker import work
 
     prepared = prepare_study(pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
-    opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared))
+    asked = given_seeds(file.spec, url, prepared.allocator)
+    given = _seed_rank_maps(prepared, asked, progress) if asked else {}
+    opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared), given)
     try:
         if opened.finished() < wanted:
             evaluator = Evaluator(prepared)
             if opened.dense_loss is None:
-                opened.set_dense_loss(evaluator.score(progress).loss)
+                dense = evaluator.score(progress)
+                opened.set_dense_loss(dense.loss, dense.metrics)
             work(opened, evaluator, wanted, progress=progress, on_outcome=on_outcome)
         return opened.front()
     finally:
@@ -237,15 +244,19 @@ def apply(
 
 
 def evaluate(
-    model: str, data: DataSpec | None = None, *, study: StudyLike | None = None, blocks: int | None = None,
-    batch_blocks: int | None = None, device: str = "auto", revision: str | None = None,
-    trust_remote_code: bool = False, work_dir: Path | None = None, progress: Progress = SILENT,
+    model: str, data: DataSpec | None = None, *, study: StudyLike | None = None, task: TaskName = "causal-lm",
+    metrics: Sequence[str] = (), blocks: int | None = None, batch_blocks: int | None = None, device: str = "auto",
+    revision: str | None = None, trust_remote_code: bool = False, work_dir: Path | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:  # fmt: skip
-    """Loss of a model or a compressed checkpoint on ``data.train``, or on the test blocks of a study.
+    """Loss and metrics of a model or a compressed checkpoint on ``data.train``, or on the test blocks of a study.
 
     Args:
         data: the text, cut into blocks of ``data.sequence_length``; its paths start from the current folder.
-        study: a study whose ``data.test`` is the text, cut as the study's other texts.
+        study: a study whose ``data.test`` is the text, cut as the study's other texts; the task and the metrics are
+            its own, too.
+        task, metrics: with ``data``, what is asked of the model, as a study's ``model.task`` and
+            ``validation.metrics``.
         blocks: only the first so many; None takes all, of a study its ``data.test_blocks``.
         batch_blocks: blocks in a batch; None takes the study's ``run.score_batch_blocks``, else 8.
         work_dir: where token blocks are kept; None takes the study's working folder, else keeps none.
@@ -254,17 +265,33 @@ def evaluate(
         DataError: both or none of ``data`` and ``study`` were given, the study has no ``data.test``, or the text is
             missing or too short, or shares text with the study's train or validation.
         ModelError: the model cannot be loaded.
+        MetricError: a metric cannot be loaded.
     """
     if (data is None) == (study is None):
         raise DataError(f"evaluate takes either data or study, not {'none' if data is None else 'both'} of them")
-    text = data if study is None else _file(study)
-    assert text is not None
     from rank_search.applying import evaluate_model
 
-    spec = ModelSpec(source=model, revision=revision, trust_remote_code=trust_remote_code)
-    result = evaluate_model(
-        spec, text, blocks=blocks, batch_blocks=batch_blocks, device=device, work_dir=work_dir, progress=progress
-    )
+    asked = None if study is None else _file(study)
+    spec = ModelSpec(
+        source=model, task=asked.spec.model.task if asked else task, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if asked is None:
+        tables = {
+            "name": "evaluation",
+            "model": spec.model_dump(mode="json"),
+            "data": data.model_dump(mode="json") if data else {},
+            "validation": {"metrics": list(metrics), "trust_remote_code": trust_remote_code},
+        }
+        result = evaluate_model(
+            StudyFile(spec=parse_study(tables, where="evaluate"), folder=Path()), spec, on_test=False, blocks=blocks,
+            batch_blocks=batch_blocks, device=device, work_dir=work_dir, progress=progress,
+        )  # fmt: skip
+    else:
+        result = evaluate_model(
+            asked, spec, on_test=True, blocks=blocks, batch_blocks=batch_blocks or asked.spec.run.score_batch_blocks,
+            device=device, work_dir=work_dir or asked.work_dir, progress=progress,
+        )  # fmt: skip
     return _evaluation(result)
 
 
@@ -273,12 +300,14 @@ def layers(model: ModelSpec, targets: TargetSpec | None = None, *, progress: Pro
     import torch
 
     from rank_search.model.load import load_model
-    from rank_search.model.targets import find_targets, rank_space
+    from rank_search.model.targets import find_targets, rank_space, told_of_experts
 
     targets = targets or TargetSpec()
     with progress.step("model"):
         loaded = load_model(model, Path(), torch.device("cpu"))
     space = rank_space(loaded.model, find_targets(loaded.model, targets), targets)
+    if told := told_of_experts(loaded.model):
+        progress.say(told)
     return ModelLayers(space.shapes, space.model_params)
 
 
@@ -296,7 +325,9 @@ def storage_url(storage: str | None, file: StudyFile | None) -> str:
 
 def _evaluation(result: ModelScore) -> Evaluation:
     loss = result.score
-    return Evaluation(loss.loss, loss.standard_error, loss.perplexity, loss.tokens, result.num_params)
+    return Evaluation(
+        loss.loss, loss.standard_error, loss.perplexity, loss.tokens, result.num_params, loss.metrics, result.unit
+    )
 
 
 def _file(study: StudyLike) -> StudyFile:
@@ -338,6 +369,14 @@ def _as_stored(url: str, file: StudyFile) -> StudyFile:
         return file
     model = file.spec.model.model_copy(update={"revision": stored.facts.revision})
     return StudyFile(spec=file.spec.model_copy(update={"model": model}), folder=file.folder)
+
+
+def _seed_rank_maps(prepared: Prepared, seeds: Sequence[Seed], progress: Progress) -> dict[Seed, RankMap]:
+    """The rank maps of seeds by published allocations, on the study's own untrained factors."""
+    from rank_search.baselines.methods import Allocations
+
+    rules = Allocations.of(prepared, progress=progress)
+    return {seed: rules.rank_map(seed.allocation, seed.kept) for seed in seeds}
 
 
 def facts_of(prepared: Prepared) -> StudyFacts:

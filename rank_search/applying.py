@@ -12,17 +12,18 @@ from rank_search.compress.checkpoint import Form, Layers, is_compressed, load_ch
 from rank_search.compress.folder import check_free
 from rank_search.compress.low_rank import place
 from rank_search.compress.pivoted import PivotedLinear
-from rank_search.data.blocks import Blocks, check_length
-from rank_search.data.sources import Source
-from rank_search.data.splits import check_names_test, eval_blocks, make_test_blocks
+from rank_search.data.blocks import check_length
+from rank_search.data.splits import check_names_test
 from rank_search.errors import RankMapError
 from rank_search.export.rank_map_file import RankMapFile
+from rank_search.metrics.collecting import Metrics, check_metrics
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
-from rank_search.preparing import Prepared, prepare
+from rank_search.preparing import Prepared, maker_for, prepare
 from rank_search.progress import SILENT, Progress
 from rank_search.score import Score, score
-from rank_search.spec import DataSpec, ModelSpec, StudyFile, StudySpec
+from rank_search.spec import ModelSpec, StudyFile, StudySpec
+from rank_search.task import TASKS, Examples
 from rank_search.trial import Evaluator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,10 +33,11 @@ _BATCH_BLOCKS = 8
 
 @dataclass(frozen=True, slots=True)
 class ModelScore:
-    """Loss of a model and its parameters, tied weights once."""
+    """Loss of a model, its parameters, tied weights once, and what the loss is a mean over."""
 
     score: Score
     num_params: int
+    unit: str
 
 
 def apply_rank_map(
@@ -75,7 +77,8 @@ def apply_rank_map(
             )  # fmt: skip
         result = evaluator.score(progress)
     space = prepared.space
-    return ModelScore(result, space.model_params if form == "dense" else space.num_params(file.rank_map))
+    num_params = space.model_params if form == "dense" else space.num_params(file.rank_map)
+    return ModelScore(result, num_params, prepared.loaded.task.unit)
 
 
 def _check_calibration(file: RankMapFile, prepared: Prepared) -> None:
@@ -104,6 +107,8 @@ def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str, *
         "model": recipe.model.model_copy(update=pinned),
         "data": recipe.data.model_copy(update={"test": None}),  # not touched here, so it need not be there
         "run": recipe.run.model_copy(update={"device": device}),
+        # Not asked for here, and a file from somebody else may not decide that a metric's own code is run.
+        "validation": recipe.validation.model_copy(update={"metrics": (), "trust_remote_code": False}),
     }
     if not finetune:
         changes["finetune"] = recipe.finetune.model_copy(update={"steps": 0, "tokens": None})
@@ -118,40 +123,37 @@ def load_any(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel
     """
     where = locate(spec, folder)
     if where.is_local and "gguf_file" not in where.arguments and is_compressed(Path(where.name)):
-        return load_checkpoint(Path(where.name), device)
+        return load_checkpoint(Path(where.name), device, TASKS[spec.task])
     return load_model(spec, folder, device)
 
 
 def evaluate_model(
-    spec: ModelSpec, text: DataSpec | StudyFile, *, blocks: int | None, batch_blocks: int | None, device: str,
+    study: StudyFile, model: ModelSpec, *, on_test: bool, blocks: int | None, batch_blocks: int | None, device: str,
     work_dir: Path | None, progress: Progress = SILENT,
 ) -> ModelScore:  # fmt: skip
-    """Loss on one text; see :func:`rank_search.api.evaluate`."""
-    data = text.spec.data if isinstance(text, StudyFile) else text
-    if isinstance(text, StudyFile):
+    """Loss of ``model`` on ``data.test`` or ``data.train`` of ``study``; see :func:`rank_search.api.evaluate`."""
+    data, names = study.spec.data, study.spec.validation.metrics
+    if on_test:
         check_names_test(data)  # before the model is loaded, not after it
-        work_dir = work_dir or text.work_dir
-        batch_blocks = batch_blocks or text.spec.run.score_batch_blocks
+    check_metrics(names)
     device_of_model = resolve_device(device)
     with progress.step("model"):
-        loaded = load_any(spec, Path(), device_of_model)
+        loaded = load_any(model, Path(), device_of_model)
     check_length(data.sequence_length, loaded.max_length)
     with tempfile.TemporaryDirectory() as scratch:
-        # A copy: without a working folder the blocks' file is gone when this block ends.
-        ids = torch.tensor(_blocks(text, loaded, work_dir or Path(scratch), blocks, progress))
-    result = score(loaded.model, ids, batch_blocks=batch_blocks or _BATCH_BLOCKS, progress=progress)
-    return ModelScore(result, sum(parameter.numel() for parameter in loaded.model.parameters()))
-
-
-def _blocks(
-    text: DataSpec | StudyFile, loaded: LoadedModel, work_dir: Path, count: int | None, progress: Progress
-) -> Blocks:
-    """The first ``count`` blocks of a text, or of a study's test text."""
-    if isinstance(text, StudyFile):
-        data = text.spec.data if count is None else text.spec.data.model_copy(update={"test_blocks": count})
-        return make_test_blocks(data, loaded.tokenizer, text.folder, work_dir, progress)
-    source = Source.of(text, "train", Path())
-    assert source is not None, "data.train has a default"
-    return eval_blocks(
-        source, loaded.tokenizer, text.sequence_length, work_dir=work_dir, blocks=count, progress=progress
+        # Copies: without a working folder the blocks' file is gone when this block ends.
+        make, folder = maker_for(loaded), work_dir or Path(scratch)
+        if on_test:
+            data = data if blocks is None else data.model_copy(update={"test_blocks": blocks})
+            table = make.test(data, study.folder, folder, progress)
+        else:
+            table = make.evaluation(data, study.folder, folder, blocks, progress)
+        examples = Examples.of(loaded.task, table.columns)
+    result = score(
+        loaded.model,
+        examples,
+        batch_blocks=batch_blocks or _BATCH_BLOCKS,
+        observer=Metrics(names, loaded.task, loaded.tokenizer) if names else None,
+        progress=progress,
     )
+    return ModelScore(result, sum(parameter.numel() for parameter in loaded.model.parameters()), loaded.task.unit)

@@ -8,6 +8,7 @@
     │   ├── ModelError              no such model, unusable format, remote code not allowed
     │   ├── TargetError             a pattern that matches nothing, a layer that cannot be a target
     │   ├── DataError               text missing, too short, or overlapping between splits
+    │   ├── MetricError             a metric that cannot be loaded, or does not take what it is given
     │   ├── BudgetError             a kept fraction or parameter budget that cannot be met
     │   ├── RankMapError            a rank map that does not fit its model
     │   ├── DeviceError             a device that was asked for and is not there
@@ -50,6 +51,10 @@ class TargetError(InputError):
 
 class DataError(InputError):
     """Text is missing, too short for its blocks, or shared between splits."""
+
+
+class MetricError(InputError):
+    """A metric cannot be loaded, or does not take what it is given."""
 
 
 class BudgetError(InputError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
+from statistics import stdev
 
 from rank_search.errors import NonFiniteLossError
 
@@ -37,16 +39,18 @@ class Measurement:
     """One evaluation of one rank map.
 
     Attributes:
-        loss: validation loss, nats per token; always finite.
-        standard_error: of ``loss`` over the validation blocks, nats per token.
+        loss: validation loss, nats per token, or per example of a classifier; always finite.
+        standard_error: of ``loss`` over the validation blocks or, where there are folds, over these.
         num_params: parameters of the whole compressed model, in the study's storage form.
         target_params: parameters of its target layers.
         kept_of_targets: kept fraction of the target layers.
         kept_of_model: kept fraction of the whole model.
         fidelity: how ``loss`` was obtained.
-        tokens: tokens that ``loss`` is a mean over.
+        tokens: tokens (or examples) that ``loss`` is a mean over.
         swap_seconds, finetune_seconds, score_seconds: where the trial's time went.
         peak_memory: bytes on the accelerator, or of the process on a CPU.
+        metrics: values by name; of folds their mean.
+        fold_losses: of every fold, whose mean ``loss`` is; empty where there are none.
     """
 
     loss: float
@@ -61,6 +65,8 @@ class Measurement:
     finetune_seconds: float = 0.0
     score_seconds: float = 0.0
     peak_memory: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fold_losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.loss):
@@ -73,6 +79,11 @@ class Measurement:
             return math.exp(self.loss)
         except OverflowError:
             return math.inf
+
+    @property
+    def fold_deviation(self) -> float | None:
+        """Standard deviation of the loss over the folds; None where there are none."""
+        return stdev(self.fold_losses) if self.fold_losses else None
 
     @property
     def seconds(self) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,16 +15,19 @@ from transformers import PreTrainedModel
 
 from rank_search.allocation import Allocator
 from rank_search.data.blocks import check_length
-from rank_search.data.splits import Splits, make_splits
+from rank_search.data.making import ExampleMaker, maker
+from rank_search.data.splits import Splits
 from rank_search.factors.bank import BankKey, FactorBank, open_or_build
 from rank_search.factors.build import BuildTimes, build_factors
 from rank_search.factors.decompose import Factors
+from rank_search.metrics.collecting import check_metrics
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model
-from rank_search.model.targets import Target, find_targets, rank_space
+from rank_search.model.targets import Target, find_targets, rank_space, told_of_experts
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
+from rank_search.task import Examples
 from rank_search.train.nested import nested_finetune, sampled_rank_maps
 
 
@@ -98,14 +101,17 @@ def prepare(
         torch.set_num_threads(spec.run.threads)
     started = time.perf_counter()
     device = resolve_device(spec.run.device)
+    check_metrics(spec.validation.metrics)
     with progress.step("model"):
         loaded = load_model(spec.model, study.folder, device)
     targets = find_targets(loaded.model, spec.targets)
+    if told := told_of_experts(loaded.model):
+        progress.say(told)
     space = rank_space(loaded.model, targets, spec.targets)
     check(space, loaded.weights_digest)
     check_length(spec.data.sequence_length, loaded.max_length)
     loaded_at = time.perf_counter()
-    splits = make_splits(spec.data, loaded.tokenizer, study.folder, study.work_dir, progress)
+    splits = maker_for(loaded).splits(spec.data, study.folder, study.work_dir, progress, spec.validation.folds)
     blocks_at = time.perf_counter()
     times = BuildTimes()
     bank = _bank(study, loaded, targets, space, splits, times, progress)
@@ -120,6 +126,12 @@ def prepare(
             bank_at - blocks_at - times.statistics - times.decomposition, time.perf_counter() - bank_at,
         ),
     )  # fmt: skip
+
+
+def maker_for(loaded: LoadedModel) -> ExampleMaker:
+    """What makes the examples of a model's task."""
+    known: Mapping[str, int | str] = loaded.model.config.label2id or {}
+    return maker(loaded.task.name, loaded.tokenizer, {name: int(number) for name, number in known.items()})
 
 
 def _bank(
@@ -139,8 +151,8 @@ def _bank(
 
     def build() -> dict[str, Factors]:
         return build_factors(
-            loaded.model, targets, torch.from_numpy(splits.calibration.copy()), spec.factors, spec.targets.storage,
-            batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
+            loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors,
+            spec.targets.storage, batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
         )  # fmt: skip
 
     device = next(loaded.model.parameters()).device.type
@@ -168,8 +180,8 @@ def _nested_bank(
     def build() -> dict[str, Factors]:
         return nested_finetune(
             loaded.model, targets, {target.name: bank[target.name] for target in targets},
-            sampled_rank_maps(Allocator(space, bank.tails()), spec.search), torch.from_numpy(splits.train.copy()),
-            spec.finetune, seed=spec.search.seed, progress=progress,
+            sampled_rank_maps(Allocator(space, bank.tails()), spec.search),
+            Examples.of(loaded.task, splits.train.columns), spec.finetune, seed=spec.search.seed, progress=progress,
         )  # fmt: skip
 
     return open_or_build(

@@ -17,13 +17,31 @@ from rank_search.ranks import Storage
 
 Method = Literal["kfac", "whitened", "asvd", "fwsvd", "svd"]
 Layers = Literal["linear", "attention", "query-value"]
+Granularity = Literal["matrix", "head"]
 Space = Literal["multipliers", "direct"]
 TaskName = Literal["causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm"]
 Sampler = Literal["tpe", "nsga2", "gp", "random"]
+Allocation = Literal["closed-form", "uniform", "asvd", "svd-llm-v2", "zs-svd", "io-svd", "bolaco"]
+"""Rules from a budget to a rank map: the package's own two, and those of published methods."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Name = Annotated[str, Field(min_length=1)]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")]
+
+METRICS: dict[str, tuple[TaskName, ...]] = {
+    "accuracy": ("causal-lm", "masked-lm", "sequence-classification"),
+    "f1": ("sequence-classification",),
+    "exact_match": ("seq2seq-lm",),
+    "perplexity": ("causal-lm", "masked-lm", "seq2seq-lm"),
+}
+"""Metrics that come with the package and need no network, and the tasks that each of them fits."""
+
+_TASK_OF_COLUMN: dict[str, TaskName] = {
+    "pair_column": "sequence-classification",
+    "label_column": "sequence-classification",
+    "target_column": "seq2seq-lm",
+}
 
 PYTHON_DOCS = "python-docs"
 """Name of the text that every Python has: the language reference in ``pydoc_data.topics``."""
@@ -59,6 +77,11 @@ class TargetSpec(_Table):
     """Patterns on module names to add, anywhere in the model."""
     exclude: tuple[str, ...] = ()
     """Patterns on module names to leave out."""
+    split_qkv: bool = False
+    """Factorise query, key and value of a fused projection on their own, as `<module>.q`, `.k` and `.v`."""
+    granularity: Granularity = "matrix"
+    """Factorise whole matrices, or attention's projections head by head, as `<module>.head.<i>` (of a fused one
+    `<module>.q.head.<i>`)."""
     storage: Storage = "two-factor"
     """Which parameter count is the objective."""
     rank_multiple: Positive = 1
@@ -86,8 +109,15 @@ class DataSpec(_Table):
     """Split of a dataset."""
     column: str = "text"
     """The text's column in JSONL, CSV, Parquet and hub datasets."""
+    pair_column: Name | None = None
+    """Of sequence classification: the column of a second text that is judged together with the first."""
+    label_column: Name | None = None
+    """Of sequence classification: the labels' column; None: ``label``."""
+    target_column: Name | None = None
+    """Of ``seq2seq-lm``: the column of the text to be written; None: ``target``."""
     sequence_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens in a block."""
+    """Tokens in a block; in tasks with labels, the most that is read of an example. There, numbers of blocks count
+    examples: the rows of a table, without repeated ones, in an order shuffled once and always the same."""
     calibration_blocks: Positive = 64
     """From the start of `train`, for the statistics of the layers."""
     train_blocks: Positive | None = None
@@ -96,6 +126,36 @@ class DataSpec(_Table):
     """None: all of a validation source of its own, else a tenth of ``train``."""
     test_blocks: Positive | None = None
     """None: all."""
+
+
+class ValidationSpec(_Table):
+    """``[validation]``: what a trial is measured by, beside the number of its parameters."""
+
+    metrics: tuple[MetricName, ...] = ()
+    """Beside the loss: ``accuracy``, ``f1`` (mean over classes), ``exact_match`` (of texts that the model writes, which
+    takes time), ``perplexity``, or metrics of the hub by name."""
+    trust_remote_code: bool = False
+    """Allow metrics of the hub, which run their own code."""
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
+    """Cross-validation: what follows calibration is cut into so many folds, and every trial is fine-tuned and scored as
+    often, each time on another one. Its loss is their mean."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _once_and_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("name every metric once")
+        return value
+
+    @model_validator(mode="after")
+    def _trusted(self) -> ValidationSpec:
+        for name in self.metrics:
+            if name not in METRICS and not self.trust_remote_code:
+                raise ValueError(
+                    f"metric {name!r} is none of {', '.join(METRICS)}; set trust_remote_code = true to run one of the "
+                    "hub, which brings its own code"
+                )
+        return self
 
 
 class FactorSpec(_Table):
@@ -166,7 +226,10 @@ class SearchSpec(_Table):
     max_kept: Fraction = 0.95
     """Largest kept fraction of the target layers that is proposed."""
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
-    """Kept fractions of the target layers whose closed-form and uniform rank maps are measured first."""
+    """Kept fractions of the target layers whose rank maps by all of `seeds` are measured first."""
+    seeds: tuple[Allocation, ...] = ("closed-form", "uniform")
+    """Allocations: the closed form, `uniform`, and the rules of published methods on the study's own factors. `asvd`
+    and `bolaco` score many rank maps for it, once a study; `bolaco` needs the `gp` extra."""
     multiplier_range: Annotated[float, Field(gt=0, le=20)] = 0.5
     """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
 
@@ -174,6 +237,12 @@ class SearchSpec(_Table):
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _seeds_once(self) -> SearchSpec:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds ({', '.join(self.seeds)}) name an allocation twice")
+        return self
 
     @model_validator(mode="after")
     def _range(self) -> SearchSpec:
@@ -202,10 +271,44 @@ class StudySpec(_Table):
     model: ModelSpec
     targets: TargetSpec = TargetSpec()
     data: DataSpec = DataSpec()
+    validation: ValidationSpec = ValidationSpec()
     factors: FactorSpec = FactorSpec()
     finetune: FinetuneSpec = FinetuneSpec()
     search: SearchSpec = SearchSpec()
     run: RunSpec = RunSpec()
+
+    @model_validator(mode="after")
+    def _columns_of_the_task(self) -> StudySpec:
+        for key, task in _TASK_OF_COLUMN.items():
+            if getattr(self.data, key) is not None and self.model.task != task:
+                raise ValueError(
+                    f"data.{key} goes with model.task = {task!r}, not with {self.model.task!r}; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_of_the_task(self) -> StudySpec:
+        for name in self.validation.metrics:
+            if self.model.task not in METRICS.get(name, (self.model.task,)):
+                raise ValueError(
+                    f"validation.metrics: {name!r} does not fit model.task = {self.model.task!r}; it fits "
+                    f"{', '.join(METRICS[name])}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> StudySpec:
+        if self.validation.folds is not None:
+            if self.finetune.mode == "nested":
+                raise ValueError(
+                    "validation.folds needs finetune.mode = 'own': a nested fine-tune would see every fold"
+                )
+            for key in ("validation", "validation_blocks", "train_blocks"):
+                if getattr(self.data, key) is not None:
+                    raise ValueError(
+                        f"validation.folds cuts validation from data.train; leave out data.{key}, or validation.folds"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _enough_training(self) -> StudySpec:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.decompose import Factors
 from rank_search.measurement import Fidelity, Measurement
+from rank_search.metrics.collecting import Metrics
 from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.score import Score, score
+from rank_search.task import Examples
 from rank_search.train.finetune import finetune
 
 
@@ -30,6 +34,12 @@ class Applied:
     swap_seconds: float
 
 
+class _Seconds(NamedTuple):
+    swap: float
+    finetune: float
+    score: float
+
+
 class Evaluator:
     """Measures rank maps on one model that stays in memory; its dense weights are bit-identical after every trial."""
 
@@ -38,8 +48,10 @@ class Evaluator:
         self._spec = prepared.spec
         self._device = prepared.device
         self._factors: Mapping[str, Factors] = prepared.trial_bank.on(self._device)
-        self._train = torch.from_numpy(prepared.splits.train.copy()).to(self._device)
-        self._validation = torch.from_numpy(prepared.splits.validation.copy()).to(self._device)
+        task, splits = prepared.loaded.task, prepared.splits
+        self._train = Examples.of(task, splits.train.columns).to(self._device)
+        self._validation = Examples.of(task, splits.validation.columns).to(self._device)
+        self._held_out = splits.held_out
 
     def measure(self, rank_map: RankMap, progress: Progress = SILENT) -> Measurement:
         """Fine-tune and score ``rank_map``; the same rank map gives the same measurement on one device.
@@ -50,19 +62,37 @@ class Evaluator:
         """
         self._prepared.space.validate(rank_map)
         self._reset_peak_memory()
+        rounds = [self._round(rank_map, *examples, progress) for examples in self._rounds()]
+        seconds = _Seconds(*map(sum, zip(*(spent for _, spent in rounds), strict=True)))
+        return self._measurement(rank_map, Score.mean_of([result for result, _ in rounds]), seconds)
+
+    def _rounds(self) -> Iterator[tuple[Examples, Examples]]:
+        """Examples to train and to score on: one pair, or one for each fold."""
+        if not self._held_out:
+            yield self._train, self._validation
+        every = torch.arange(len(self._train), device=self._device)
+        for rows in self._held_out:
+            yield self._train[torch.cat([every[: rows.start], every[rows.stop :]])], self._train[rows]
+
+    def _round(
+        self, rank_map: RankMap, train: Examples, validation: Examples, progress: Progress
+    ) -> tuple[Score, _Seconds]:
         started = time.perf_counter()
-        with self.applied(rank_map, progress) as applied:
+        with self._applied(rank_map, train, progress) as applied:
             synchronize(self._device)
             tuned = time.perf_counter()
-            result = self.score(progress)
+            result = self._score(validation, progress)
             scored = time.perf_counter()
         synchronize(self._device)
         swap = applied.swap_seconds + (time.perf_counter() - scored)
-        return self._measurement(rank_map, result, swap, tuned - started - applied.swap_seconds, scored - tuned)
+        return result, _Seconds(swap, tuned - started - applied.swap_seconds, scored - tuned)
+
+    def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> AbstractContextManager[Applied]:
+        """The model under ``rank_map``, fine-tuned on all training examples, inside the block; dense after it."""
+        return self._applied(rank_map, self._train, progress)
 
     @contextmanager
-    def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> Iterator[Applied]:
-        """The model under ``rank_map``, fine-tuned, inside the block; the dense model after it."""
+    def _applied(self, rank_map: RankMap, train: Examples, progress: Progress) -> Iterator[Applied]:
         spec = self._spec.finetune
         started = time.perf_counter()
         with self._kept_if_trained(), compressed(self._prepared.targets, self._factors, rank_map) as layers:
@@ -71,7 +101,7 @@ class Evaluator:
             finetune(
                 self._prepared.model,
                 list(layers.values()),
-                self._train,
+                train,
                 spec,
                 seed=self._spec.search.seed,
                 progress=progress,
@@ -79,15 +109,26 @@ class Evaluator:
             yield applied
 
     def score(self, progress: Progress = SILENT) -> Score:
-        """Validation loss of the model as it stands: inside :meth:`applied` the compressed one, else the dense one."""
-        batch = self._spec.run.score_batch_blocks
-        return score(self._prepared.model, self._validation, batch_blocks=batch, progress=progress)
+        """Validation loss of the model as it stands: inside :meth:`applied` the compressed one, else the dense one.
 
-    def _measurement(
-        self, rank_map: RankMap, result: Score, swap: float, finetune_seconds: float, score_seconds: float
-    ) -> Measurement:
+        Of folds the mean, each scored by the same model.
+        """
+        return Score.mean_of([self._score(validation, progress) for _, validation in self._rounds()])
+
+    def _score(self, examples: Examples, progress: Progress) -> Score:
+        names, loaded = self._spec.validation.metrics, self._prepared.loaded
+        with aligned(loaded.model):
+            return score(
+                loaded.model,
+                examples,
+                batch_blocks=self._spec.run.score_batch_blocks,
+                observer=Metrics(names, loaded.task, loaded.tokenizer) if names else None,
+                progress=progress,
+            )
+
+    def _measurement(self, rank_map: RankMap, result: Score, seconds: _Seconds) -> Measurement:
         space = self._prepared.space
-        tuned = self._spec.finetune.steps_for(self._train.shape[1]) > 0
+        tuned = self._spec.finetune.steps_for(self._train.sequence_length) > 0
         return Measurement(
             loss=result.loss,
             standard_error=result.standard_error,
@@ -97,10 +138,12 @@ class Evaluator:
             kept_of_model=space.kept_of_model(rank_map),
             fidelity=Fidelity.TUNED if tuned else Fidelity.SLICED,
             tokens=result.tokens,
-            swap_seconds=swap,
-            finetune_seconds=finetune_seconds,
-            score_seconds=score_seconds,
+            swap_seconds=seconds.swap,
+            finetune_seconds=seconds.finetune,
+            score_seconds=seconds.score,
             peak_memory=self._peak_memory(),
+            metrics=result.metrics,
+            fold_losses=result.fold_losses,
         )
 
     @contextmanager

@@ -15,8 +15,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from rank_search.data.sources import Source
+from rank_search.data.splits import eval_blocks
+from rank_search.model.load import LoadedModel
 from rank_search.preparing import Prepared
 from rank_search.spec import FinetuneSpec, StudyFile
+from rank_search.task import Examples
 from rank_search.trial import Evaluator
 
 
@@ -51,6 +55,13 @@ def evaluator_with(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
     study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
     bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
     return Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
+
+
+def text_examples(text: Path, loaded: LoadedModel, sequence_length: int, work_dir: Path) -> Examples:
+    """All blocks of one text file."""
+    source = Source(str(text.resolve()), Path())
+    blocks = eval_blocks(source, loaded.tokenizer, sequence_length, work_dir=work_dir)
+    return Examples.causal(torch.tensor(blocks))
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:

@@ -14,15 +14,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from _bench import environment, evaluator_with, print_table
+from _bench import environment, evaluator_with, print_table, text_examples
 
-from rank_search.data.sources import Source
-from rank_search.data.splits import eval_blocks
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
 from rank_search.score import score
 from rank_search.spec import FinetuneSpec, load_study_file
+from rank_search.task import Examples
 
 
 def main() -> None:
@@ -60,10 +58,8 @@ def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, Fi
             yield "closed form", f"{after}{finetune.train}, {own} steps", kept, rank_map, finetune
 
 
-def _blocks(prepared: Prepared, text: Path) -> torch.Tensor:
-    length = prepared.spec.data.sequence_length
-    source = Source(str(text.resolve()), Path())
-    return torch.tensor(eval_blocks(source, prepared.loaded.tokenizer, length, work_dir=prepared.study.work_dir))
+def _blocks(prepared: Prepared, text: Path) -> Examples:
+    return text_examples(text, prepared.loaded, prepared.spec.data.sequence_length, prepared.study.work_dir)
 
 
 def _row(
@@ -73,7 +69,7 @@ def _row(
     rank_map: RankMap,
     finetune: FinetuneSpec,
     prepared: Prepared,
-    second: torch.Tensor | None,
+    second: Examples | None,
 ) -> dict[str, object]:
     evaluator = evaluator_with(prepared, finetune)
     with evaluator.applied(rank_map):
@@ -90,6 +86,7 @@ def _row(
         "standard_error": round(first.standard_error, 5),
         "perplexity": round(first.perplexity, 3),
         "second_text_perplexity": None if other is None else round(other.perplexity, 3),
+        **{name: round(value, 5) for name, value in first.metrics.items()},
     }
 
 

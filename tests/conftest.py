@@ -86,6 +86,7 @@ def write_study(model_folders: Callable[[str], Path]) -> StudyFactory:
             "finetune": {"steps": 2, "batch_blocks": 4},
             "search": {"trials": 4, "ladder": [0.8, 0.5]},
             "run": {"device": "cpu", "threads": 1},
+            "validation": {},
         }  # fmt: skip
         for name, keys in tables.items():
             study[name] |= keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,13 +20,14 @@ from rank_search.cli.options import (
     ModelArgument,
     RemoteCodeOption,
     RevisionOption,
+    TaskOption,
 )
 from rank_search.cli.progress import TerminalProgress
 from rank_search.cli.quiet import quiet_libraries
 from rank_search.compress.folder import check_free
 from rank_search.errors import InputError
 from rank_search.export.rank_map_file import RankMapFile
-from rank_search.spec import DataSpec, Layers, ModelSpec, StudyFile, TargetSpec, load_study_file
+from rank_search.spec import DataSpec, Granularity, Layers, ModelSpec, StudyFile, TargetSpec, load_study_file
 
 
 def apply(
@@ -50,7 +52,8 @@ def apply(
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Write the compressed model as a checkpoint folder that transformers loads."""
-    recorded = RankMapFile.read(rank_map).measurement
+    file = RankMapFile.read(rank_map)
+    recorded = file.measurement
     check_free(output)  # before minutes of work, not after them
     quiet_libraries()
     with TerminalProgress() as progress:
@@ -62,7 +65,10 @@ def apply(
     if recorded is not None:
         typer.echo(f"the rank map file has {recorded.loss:.4f} ± {recorded.standard_error:.4f} ({recorded.fidelity})")
     trust = ", trust_remote_code=True" if form == "factored" else ""
-    typer.echo(f'Load it:     transformers.AutoModelForCausalLM.from_pretrained("{output}"{trust})')
+    from rank_search.task import TASKS
+
+    auto_class = TASKS[file.recipe.model.task].auto_class
+    typer.echo(f'Load it:     transformers.{auto_class}.from_pretrained("{output}"{trust})')
     typer.echo(f"Evaluate it: rank-search evaluate {shlex.quote(str(output))} --data python-docs")
 
 
@@ -91,8 +97,21 @@ def evaluate(
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column that holds the text. Default: text.", show_default=False)
     ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a classifier: the labels' column.", show_default=False)
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of seq2seq-lm: the targets' column.", show_default=False)
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens in a block. Default: 128.", show_default=False)
+    ] = None,
+    task: TaskOption = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Beside the loss: accuracy, f1, exact_match; several times.", show_default=False
+        ),
     ] = None,
     blocks: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N blocks.", min=1, show_default=False)
@@ -103,14 +122,18 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Print loss, perplexity and parameters of a model or a compressed checkpoint on a text (--data or --study)."""
-    options = {"train_split": split, "config": config, "column": column, "sequence_length": sequence_length}
+    options = {
+        "train_split": split, "config": config, "column": column, "label_column": label_column,
+        "target_column": target_column, "sequence_length": sequence_length,
+    }  # fmt: skip
     given = {field: value for field, value in options.items() if value is not None}
-    source, file = _text_of(data, study, given)
+    asked = {field: value for field, value in {"task": task, "metric": metric}.items() if value is not None}
+    source, file = _text_of(data, study, given, asked)
     quiet_libraries()
     with TerminalProgress() as progress:
         found = api.evaluate(
-            model, source, study=file, blocks=blocks, device=device, revision=revision,
-            trust_remote_code=trust_remote_code, progress=progress,
+            model, source, study=file, task=task or "causal-lm", metrics=metric or (), blocks=blocks, device=device,
+            revision=revision, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
@@ -119,7 +142,7 @@ def evaluate(
 
 
 def _text_of(
-    data: str | None, study: Path | None, given: dict[str, str | int]
+    data: str | None, study: Path | None, given: Mapping[str, str | int], asked: Mapping[str, object]
 ) -> tuple[DataSpec, None] | tuple[None, StudyFile]:
     """What ``evaluate`` scores on: a text of its own cut as ``given`` says, or a study's test text."""
     if (data is None) == (study is None):
@@ -128,8 +151,10 @@ def _text_of(
             "them; see `rank-search evaluate --help`"
         )
     if study is not None:
-        if given:
-            raise InputError(f"{_option(next(iter(given)))} goes with --data; with --study the study file says it")
+        if given or asked:
+            raise InputError(
+                f"{_option(next(iter([*given, *asked])))} goes with --data; with --study the study file says it"
+            )
         return None, load_study_file(study)
     try:
         return DataSpec.model_validate({"train": data, "train_split": "test", **given}), None
@@ -150,14 +175,22 @@ def layers(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Module names to leave out.", show_default=False)
     ] = None,
+    split_qkv: Annotated[
+        bool, typer.Option("--split-qkv", help="Query, key and value of a fused projection on their own.")
+    ] = False,
+    granularity: Annotated[Granularity, typer.Option(help="Whole matrices, or attention head by head.")] = "matrix",
+    task: TaskOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteCodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the target layers of a model with shapes, parameters and share of the model."""
     try:
-        targets = TargetSpec(layers=layers, share=share, include=tuple(include or ()), exclude=tuple(exclude or ()))
-        spec = ModelSpec(source=model, revision=revision, trust_remote_code=trust_remote_code)
+        targets = TargetSpec(
+            layers=layers, share=share, include=tuple(include or ()), exclude=tuple(exclude or ()),
+            split_qkv=split_qkv, granularity=granularity,
+        )  # fmt: skip
+        spec = ModelSpec(source=model, task=task or "causal-lm", revision=revision, trust_remote_code=trust_remote_code)
     except ValidationError as error:
         raise InputError(_refusal(error)) from None
     quiet_libraries()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rank_search.errors import InputError
+from rank_search.spec import TaskName
 
 StudyFileArgument = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.", show_default=False)]
 StudyArgument = Annotated[
@@ -26,6 +27,9 @@ RankMapOutput = Annotated[
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, or hub id.", show_default=False)
+]
+TaskOption = Annotated[
+    TaskName | None, typer.Option(metavar="TASK", help="As model.task. Default: causal-lm.", show_default=False)
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(metavar="COMMIT", help="Commit, tag or branch of a hub model.", show_default=False)

@@ -34,21 +34,28 @@ def _console() -> Console:
 
 def print_front(view: StudyView) -> None:
     """The front, and the dense model as its reference; a narrow terminal leaves out what it has no room for."""
+    found = front_rows(view.front)
+    metrics = sorted({metric for row in found for metric in row.metrics} - {"perplexity"})
     rows = [
         (
             str(row.trial), row.source, f"{row.num_params:,}", f"{row.kept_of_targets:.4f}", f"{row.kept_of_model:.4f}",
             _loss(row.loss, row.standard_error), perplexity(row.perplexity), row.fidelity,
+            *(_metric(row.metrics.get(metric)) for metric in metrics),
+            *([] if row.fold_deviation is None else [f"{row.fold_deviation:.4f}"]),
         )
-        for row in front_rows(view.front)
+        for row in found
     ]  # fmt: skip
-    dense = view.record.dense_loss
+    folds = ["over\nfolds"] if any(row.fold_deviation is not None for row in found) else []
+    dense, dense_metrics = view.record.dense_loss, view.record.dense_metrics
     total = [] if dense is None else [
         (
             "", "dense model", f"{view.record.facts.model_params:,}", f"{1:.4f}", f"{1:.4f}", _loss(dense, None),
-            perplexity(_exp(dense)), "",
+            perplexity(_exp(dense)), "", *(_metric(dense_metrics.get(metric)) for metric in metrics),
+            *("" for _ in folds),
         )
     ]  # fmt: skip
-    columns = ("trial", "source", "parameters", "kept of\ntargets", "kept of\nmodel", "loss", "perplexity", "fidelity")
+    named = ("trial", "source", "parameters", "kept of\ntargets", "kept of\nmodel", "loss", "perplexity", "fidelity")
+    columns = (*named, *metrics, *folds)
     _print_fitting(columns, rows, total, left=("source", "fidelity"), spare=("fidelity", "kept of\nmodel"))
 
 
@@ -126,11 +133,17 @@ def written_line(path: object, file: RankMapFile) -> str:
 
 
 def evaluation_line(found: Evaluation) -> str:
-    """Loss, perplexity and size of a model."""
+    """Loss, perplexity, metrics and size of a model."""
+    metrics = "".join(f"{name} {_metric(value)}, " for name, value in found.metrics.items())
     return (
-        f"loss {_loss(found.loss, found.standard_error)} nats per token, perplexity {perplexity(found.perplexity)}, "
-        f"{found.tokens:,} tokens, {found.num_params:,} parameters"
+        f"loss {_loss(found.loss, found.standard_error)} nats per {found.unit}, "
+        f"perplexity {perplexity(found.perplexity)}, "
+        f"{metrics}{found.tokens:,} {found.unit}s, {found.num_params:,} parameters"
     )
+
+
+def _metric(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def perplexity(value: float) -> str:

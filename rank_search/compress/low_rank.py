@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rank_search.compress.split import SplitLinear
 from rank_search.errors import RankMapError
 from rank_search.factors.decompose import Factors
-from rank_search.model.targets import Target
+from rank_search.model.targets import Target, by_module, weight_matrix
 from rank_search.ranks import RankMap
 
 
@@ -36,11 +37,10 @@ class LowRankLinear(nn.Module):
     @classmethod
     def of(cls, factors: Factors, rank: int, target: Target) -> LowRankLinear:
         """A copy of the first ``rank`` factors, beside the dense layer's own bias."""
-        weight, bias = target.module.weight, target.module.bias
-        assert isinstance(weight, Tensor)
+        weight = weight_matrix(target.module)
         inner = factors.inn[:rank].to(weight.device, weight.dtype, copy=True)
         outer = factors.out[:rank].T.to(weight.device, weight.dtype, copy=True).contiguous()
-        return cls(inner, outer, bias if isinstance(bias, nn.Parameter) else None)
+        return cls(inner, outer, target.bias)
 
     @property
     def rank(self) -> int:
@@ -62,9 +62,15 @@ class LowRankLinear(nn.Module):
         result: Tensor = self.outer(self.inner(x))
         return result
 
+    @property
+    def weight(self) -> Float[Tensor, "m n"]:
+        """The matrix that the two factors stand for: for code that reads a layer's matrix instead of calling it."""
+        product: Tensor = self.outer.weight @ self.inner.weight
+        return product
+
     def dense(self) -> Float[Tensor, "m n"]:
-        """The matrix that the two factors stand for."""
-        return self.outer.weight.detach() @ self.inner.weight.detach()
+        """The matrix that the two factors stand for, without gradients."""
+        return self.weight.detach()
 
 
 def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap) -> dict[str, LowRankLinear]:
@@ -90,11 +96,29 @@ def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: 
 
 
 def place(targets: Sequence[Target], layers: Mapping[str, nn.Module]) -> None:
-    """Put each of ``layers`` (by module name) in all places of its target layer; :func:`restore` undoes it."""
-    for target in targets:
-        if target.name in layers:
-            for parent, attribute in target.places:
-                setattr(parent, attribute, layers[target.name])
+    """Put each of ``layers`` (by module name) in all places of its target layer; :func:`restore` undoes it.
+
+    Parts of one module get a :class:`SplitLinear` around them; one that stands there already hands on its dense rest,
+    which may have been trained.
+    """
+    for targets_of_module in by_module(targets):
+        chosen = [target for target in targets_of_module if target.name in layers]
+        if chosen:
+            made = _layer_of(chosen, layers)
+            for parent, attribute in chosen[0].places:
+                setattr(parent, attribute, made)
+
+
+def _layer_of(targets: Sequence[Target], layers: Mapping[str, nn.Module]) -> nn.Module:
+    """What stands in the places of one module."""
+    first = targets[0]
+    parts = [target.part for target in targets if target.part]
+    if not parts:
+        return layers[first.name]
+    now = getattr(*first.places[0]) if first.places else first.module
+    if isinstance(now, SplitLinear) and now.labels == {part.label for part in parts}:
+        return now.with_layers(parts, layers)
+    return SplitLinear.of(first.module, parts, layers)
 
 
 def restore(targets: Sequence[Target]) -> None:

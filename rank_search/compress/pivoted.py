@@ -122,15 +122,20 @@ class PivotedLinear(nn.Module):
         """Largest coefficient in magnitude."""
         return float(self.rest.weight.detach().abs().max()) if self.rest.weight.numel() else 0.0
 
+    @property
+    def weight(self) -> Float[Tensor, "m n"]:
+        """The matrix that the kept rows stand for: for code that reads a layer's matrix instead of calling it."""
+        return torch.cat([self.kept.weight, self.rest.weight @ self.kept.weight])[self.order]
+
     def dense(self) -> Float[Tensor, "m n"]:
-        """The matrix that the kept rows and the coefficients stand for."""
-        return self.two_factor().dense()
+        """The matrix that the kept rows and the coefficients stand for, without gradients."""
+        return self.weight.detach()
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """r outputs from x, the others from them."""
         h = self.kept(x)
         y = torch.cat([h, self.rest(h)], dim=-1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def _permutation(pivots: Tensor, m: int) -> Int64[Tensor, " m"]:

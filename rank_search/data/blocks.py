@@ -65,13 +65,6 @@ def token_blocks(
     return blocks
 
 
-def blocks_digest(blocks: Blocks) -> str:
-    """SHA-256 of token ids and their shape, the same on every machine."""
-    digest = hashlib.sha256(f"{blocks.shape[0]}x{blocks.shape[1]}:".encode())
-    digest.update(np.ascontiguousarray(blocks, dtype="<i4").tobytes())
-    return digest.hexdigest()
-
-
 def tokenizer_digest(tokenizer: FastTokenizer) -> str:
     """SHA-256 of the tokenizer's serialised form, without the truncation and padding of its latest call."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

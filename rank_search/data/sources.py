@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,14 +127,47 @@ def read_text(source: Source) -> Text:
     if source.name == PYTHON_DOCS:
         text = _python_docs()
     elif path is None or path.is_dir():
-        text = _ROW_SEPARATOR.join(_dataset_rows(source, path))
+        text = _ROW_SEPARATOR.join(_texts(source, _dataset_columns(source, path, [source.column])[source.column]))
     elif path.suffix.lower() in _TABLE_LOADERS:
-        text = _ROW_SEPARATOR.join(_table_rows(source, path))
+        text = _ROW_SEPARATOR.join(_texts(source, _table_columns(source, path, [source.column])[source.column]))
     else:
         text = _plain(path)
     if not text.strip():
         raise DataError(f"text {source.label} is empty; name a text with words in it")
     return Text(text, hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), source.label)
+
+
+def read_columns(source: Source, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Values of some columns of a table, row by row; numbers of classes that have names come as :class:`ClassNumber`.
+
+    Raises:
+        DataError: missing, empty, not a table, not readable in its format, without a column, or not reachable.
+    """
+    path = source.path
+    if source.name == PYTHON_DOCS or (
+        path is not None and path.is_file() and path.suffix.lower() not in _TABLE_LOADERS
+    ):
+        raise DataError(
+            f"{source.label} has no columns; name a table ({', '.join(_TABLE_LOADERS)}) or a dataset of the hub"
+        )
+    read = _dataset_columns if path is None or path.is_dir() else _table_columns
+    values = read(source, path, columns)  # type: ignore[arg-type]
+    if not values[columns[0]]:
+        raise DataError(f"{source.label} has no rows; name a table with examples in it")
+    return values
+
+
+class ClassNumber(int):
+    """The number of a class of a dataset, which knows the class's name."""
+
+    name: str
+
+    @classmethod
+    def of(cls, number: int, name: str) -> ClassNumber:
+        """The number of the class ``name``."""
+        made = cls(number)
+        made.name = name
+        return made
 
 
 def _python_docs() -> str:
@@ -156,7 +189,7 @@ def _plain(path: Path) -> str:
         raise DataError(f"text file {path}: {error.strerror}") from None
 
 
-def _table_rows(source: Source, path: Path) -> list[str]:
+def _table_columns(source: Source, path: Path, wanted: Sequence[str]) -> dict[str, list[Any]]:
     import datasets
 
     if path.stat().st_size == 0:
@@ -166,17 +199,18 @@ def _table_rows(source: Source, path: Path) -> list[str]:
         # Streaming reads the file itself: no copy in a cache that could outlive a change of the file.
         rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
         columns: list[str] = []
-        values = []
+        values: dict[str, list[Any]] = {column: [] for column in wanted}
         # Read to its end even where it is no use: a reader left in the middle keeps its file open.
         for row in rows:
             columns = columns or list(row)
-            values.append(row.get(source.column))
+            for column in wanted:
+                values[column].append(row.get(column))
     if columns:
-        _check_column(source, columns)
-    return _texts(source, values)
+        _check_columns(source, wanted, columns)
+    return values
 
 
-def _dataset_rows(source: Source, path: Path | None) -> list[str]:
+def _dataset_columns(source: Source, path: Path | None, wanted: Sequence[str]) -> dict[str, list[Any]]:
     import datasets
 
     name = source.name if path is None else str(path)
@@ -188,13 +222,22 @@ def _dataset_rows(source: Source, path: Path | None) -> list[str]:
         )
     with _translated(source):
         rows = datasets.load_dataset(name, name=source.config, revision=source.revision, split=source.split)
-        _check_column(source, rows.column_names)
-        return _texts(source, (row[source.column] for row in rows.select_columns([source.column])))
+        _check_columns(source, wanted, rows.column_names)
+        return {column: _with_class_names(list(rows[column]), rows.features[column]) for column in wanted}
 
 
-def _check_column(source: Source, known: list[str]) -> None:
-    if source.column not in known:
-        raise DataError(f"text {source.label} has no column {source.column!r}; its columns are {', '.join(known)}")
+def _with_class_names(values: list[Any], feature: Any) -> list[Any]:
+    names = getattr(feature, "names", None)
+    if not names:
+        return values
+    # Minus one is a row without a class.
+    return [ClassNumber.of(value, names[value]) if value is not None and value >= 0 else None for value in values]
+
+
+def _check_columns(source: Source, wanted: Sequence[str], known: list[str]) -> None:
+    for column in wanted:
+        if column not in known:
+            raise DataError(f"text {source.label} has no column {column!r}; its columns are {', '.join(known)}")
 
 
 def _texts(source: Source, values: Iterable[Any]) -> list[str]:

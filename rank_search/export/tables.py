@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 
 from rank_search.front import FrontPoint
@@ -16,7 +16,8 @@ from rank_search.front import FrontPoint
 class FrontRow:
     """One point of a front, as tables show it.
 
-    ``num_params`` counts the whole model; ``loss`` and ``standard_error`` are in nats per token.
+    ``num_params`` counts the whole model; ``loss`` and ``standard_error`` are in nats per token. ``fold_deviation`` is
+    the standard deviation of the loss over folds, where the study has them.
     """
 
     trial: int
@@ -28,6 +29,8 @@ class FrontRow:
     standard_error: float
     perplexity: float
     fidelity: str
+    fold_deviation: float | None
+    metrics: Mapping[str, float]
 
 
 def front_rows(points: Iterable[FrontPoint]) -> list[FrontRow]:
@@ -43,6 +46,8 @@ def front_rows(points: Iterable[FrontPoint]) -> list[FrontRow]:
             standard_error=measured.standard_error,
             perplexity=measured.perplexity,
             fidelity=measured.fidelity.label,
+            fold_deviation=measured.fold_deviation,
+            metrics=measured.metrics,
         )
         for point in points
         for measured in [point.measurement]
@@ -50,11 +55,14 @@ def front_rows(points: Iterable[FrontPoint]) -> list[FrontRow]:
 
 
 def front_csv(points: Iterable[FrontPoint]) -> str:
-    """The rows as CSV with a heading."""
+    """The rows as CSV with a heading, a column for each metric."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(FrontRow)], lineterminator="\n")
+    rows = front_rows(points)
+    names = [field.name for field in fields(FrontRow) if field.name != "metrics"]
+    metrics = sorted({metric for row in rows for metric in row.metrics})
+    writer = csv.DictWriter(out, [*names, *metrics], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in front_rows(points))
+    writer.writerows({name: getattr(row, name) for name in names} | dict(row.metrics) for row in rows)
     return out.getvalue()
 
 
@@ -62,6 +70,10 @@ def front_json(points: Iterable[FrontPoint]) -> str:
     """The rows as a JSON array of objects; a perplexity too large for a float is null."""
     rows = [asdict(row) for row in front_rows(points)]
     for row in rows:
-        if math.isinf(row["perplexity"]):
-            row["perplexity"] = None
+        row["perplexity"] = _finite(row["perplexity"])
+        row["metrics"] = {name: _finite(value) for name, value in row["metrics"].items()}
     return json.dumps(rows, indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

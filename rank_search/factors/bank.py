@@ -28,6 +28,9 @@ from rank_search.spec import FactorSpec
 
 FORMAT_VERSION = 2
 
+_RECIPES = {"asvd": "asvd: E|x|"}
+"""Methods whose factors were once made otherwise, with what their keys say now; all other banks stay good."""
+
 
 @dataclass(frozen=True)
 class BankKey:
@@ -57,7 +60,8 @@ class BankKey:
     ) -> BankKey:
         """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
         return cls(
-            revision, weights_digest, "" if spec.method == "svd" else calibration_digest, spec.method,
+            revision, weights_digest, "" if spec.method == "svd" else calibration_digest,
+            _RECIPES.get(spec.method, spec.method),
             spec.damping, spec.seed, storage, tuple((shape.name, shape.m, shape.n) for shape in shapes),
         )  # fmt: skip
 
@@ -81,7 +85,7 @@ class FactorBank:
 
     def tails(self) -> dict[str, NDArray[np.float64]]:
         """Module name → predicted rise at rank 0, 1, ..., min(m, n): ``½ Σ_{i>r} σᵢ²``."""
-        return {name: _tail(factors.sigma.numpy()) for name, factors in self._factors.items()}
+        return tails(self._factors)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +97,11 @@ class FactorBank:
         if device.type == "cuda" and self.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
             return {name: Factors(f.out.to(device), f.inn.to(device), f.sigma) for name, f in self._factors.items()}
         return self._factors
+
+
+def tails(factors: Mapping[str, Factors]) -> dict[str, NDArray[np.float64]]:
+    """Module name → predicted rise at rank 0, 1, ..., min(m, n): ``½ Σ_{i>r} σᵢ²``."""
+    return {name: _tail(layer.sigma.cpu().numpy()) for name, layer in factors.items()}
 
 
 def bank_path(folder: Path, key: BankKey) -> Path:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rank_search.factors.decompose import NEEDS, Factors, Roots, decompose
-from rank_search.factors.statistics import collect_statistics
+from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.device import synchronize
-from rank_search.model.targets import Target, weight_matrix
+from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import Storage
 from rank_search.spec import FactorSpec
+from rank_search.task import Examples
 
 
 @dataclass
@@ -31,7 +30,7 @@ class BuildTimes:
 def build_factors(
     model: PreTrainedModel,
     targets: Sequence[Target],
-    calibration: Int[Tensor, "blocks tokens"],
+    calibration: Examples,
     spec: FactorSpec,
     storage: Storage,
     *,
@@ -57,17 +56,31 @@ def build_factors(
     synchronize(device)
     times.statistics = time.perf_counter() - started
     started = time.perf_counter()
+    # Popped: the statistics of a layer are freed as soon as its factors are there.
+    factors = factors_of(targets, statistics.pop, spec, storage, progress=progress)
+    times.decomposition = time.perf_counter() - started
+    return factors
+
+
+@torch.no_grad()
+def factors_of(
+    targets: Sequence[Target], statistics_of: Callable[[str], LayerStatistics], spec: FactorSpec, storage: Storage,
+    *, progress: Progress = SILENT,
+) -> dict[str, Factors]:  # fmt: skip
+    """Factors of every target layer from its statistics, which ``statistics_of`` gives by module name.
+
+    Raises:
+        DecompositionError: naming the layer.
+    """
     roots = Roots(spec.method, spec.damping)
     factors: dict[str, Factors] = {}
-    with progress.step("decomposition", len(targets)) as step, torch.no_grad():
+    with progress.step("decomposition", len(targets)) as step:
         for target in targets:
-            # Popped: the statistics of a layer are freed as soon as its factors are there.
-            layer = statistics.pop(target.name)
+            layer = statistics_of(target.name)
             made = decompose(
-                target.name, weight_matrix(target.module), roots.columns(target.name, layer),
+                target.name, target.matrix, roots.columns(target.name, layer),
                 roots.rows(target.name, layer), target.shape.max_rank(storage),
             )  # fmt: skip
             factors[target.name] = Factors(made.out.cpu(), made.inn.cpu(), made.sigma.cpu())
             step.advance(note=target.name)
-    times.decomposition = time.perf_counter() - started
     return factors

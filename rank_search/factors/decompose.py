@@ -54,6 +54,10 @@ NEEDS: dict[Method, Needs] = {
 }
 
 
+_TINY = 1e-30
+"""Stands for the scale of inputs that are zero in every calibration block."""
+
+
 class Roots:
     """Square roots of a method's metrics; layers that share their ``A`` share its root.
 
@@ -62,7 +66,7 @@ class Roots:
     ==========  ======================  =====================  ==================================================
     svd         identity                identity               Eckart and Young, 1936
     whitened    A                       identity               SVD-LLM: Wang et al., 2024
-    asvd        diagonal of A           identity               after ASVD: Yuan et al., 2023 (inputs' RMS as scale)
+    asvd        diagonal, E|x|          identity               ASVD: Yuan et al., 2023 (absolute mean, α = 0.5)
     fwsvd       identity                diagonal of G          after FWSVD: Hsu et al., 2022 (row Fisher information)
     kfac        A                       G                      Martens and Grosse, 2015, as a metric for truncation
     ==========  ======================  =====================  ==================================================
@@ -83,7 +87,9 @@ class Roots:
         if self._method in {"svd", "fwsvd"} or A is None:
             return None
         if self._method == "asvd":
-            return _damped(A, self._damping).diagonal().sqrt()
+            assert statistics.mean_abs is not None, "collected with A"
+            # L is the paper's scaling (E|x|)^α itself, so that L Lᵀ is E|x|.
+            return (statistics.mean_abs + self._damping * statistics.mean_abs.mean()).clamp(min=_TINY).sqrt()
         if self._last is None or self._last[0] is not A:
             self._last = (A, _cholesky(name, "A", _damped(A, self._damping)))
         return self._last[1]

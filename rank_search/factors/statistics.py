@@ -1,7 +1,7 @@
 """Layer statistics: second moments of what goes into every target layer and of the gradients that come back.
 
-With ``W (m, n)``: ``A = E[x xᵀ]`` over the layer's inputs and ``G = E[g gᵀ]`` over the gradients of a token's loss at
-its outputs, the labels being sampled from the model's own output, so that ``G`` belongs to the true Fisher
+With ``W (m, n)``: ``A = E[x xᵀ]`` over the layer's inputs and ``G = E[g gᵀ]`` over the gradients of a prediction's
+loss at its outputs, the labels being sampled from the model's own output, so that ``G`` belongs to the true Fisher
 information and not to the empirical one (Martens and Grosse, "Optimizing neural networks with Kronecker-factored
 approximate curvature", 2015).
 """
@@ -10,35 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64, Int
-from torch import Tensor
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from rank_search.errors import NonFiniteLossError, TargetError
 from rank_search.model.device import autocast, deterministic
-from rank_search.model.targets import Target
+from rank_search.model.parts import Part, taken
+from rank_search.model.targets import Target, by_module
 from rank_search.progress import SILENT, Progress
+from rank_search.task import Batch, Examples, Task
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """``A`` (n, n) and ``G`` (m, m) of one target layer in float64; None where a method does not ask for it.
 
-    Layers that read the same tensor (query, key and value, say) share one ``A`` object.
+    ``mean_abs`` (n,) is ``E|x|`` of the inputs, there with ``A``. Layers that read the same tensor (query, key and
+    value, say) share one ``A`` object.
     """
 
     A: Float64[Tensor, "n n"] | None = None
     G: Float64[Tensor, "m m"] | None = None
+    mean_abs: Float64[Tensor, " n"] | None = None
 
 
 def collect_statistics(
-    model: PreTrainedModel,
+    model: nn.Module,
     targets: Sequence[Target],
-    blocks: Int[Tensor, "blocks tokens"],
+    examples: Examples,
     *,
     batch_blocks: int,
     seed: int,
@@ -52,7 +55,7 @@ def collect_statistics(
     as its factors are used in each of them.
 
     Args:
-        blocks: calibration, token ids on any device.
+        examples: calibration, on any device; padding is left out, since no prediction depends on it.
         seed: of the sampled labels.
 
     Raises:
@@ -64,30 +67,31 @@ def collect_statistics(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     moments = _Moments(targets, inputs, gradients)
-    tokens = 0
-    with deterministic(device), moments.recording(), progress.step("calibration", len(blocks)) as step:
-        for batch in blocks.split(batch_blocks):
-            ids = batch.to(device, torch.long)
-            _pass(model, ids, generator, backward=gradients)
-            tokens += ids.numel()
-            step.advance(len(batch))
-    return moments.means(tokens)
+    predictions = 0
+    with deterministic(device), moments.recording(), progress.step("calibration", len(examples)) as step:
+        for batch in examples.unpadded(batch_blocks, device):
+            predictions += _pass(model, examples.task, batch, generator, backward=gradients)
+            step.advance(len(batch["input_ids"]))
+    return moments.means(predictions)
 
 
-def _pass(model: PreTrainedModel, ids: Int[Tensor, "b s"], generator: torch.Generator, *, backward: bool) -> None:
-    with torch.set_grad_enabled(backward), autocast(ids.device):
-        logits = model(input_ids=ids, use_cache=False).logits
-    logits = logits.float()
+def _pass(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator, *, backward: bool) -> int:
+    """Returns the number of predictions."""
+    with torch.set_grad_enabled(backward), autocast(batch["input_ids"].device):
+        logits = task.logits(model, batch)
+    asked = task.asked(batch)
+    counts = [logits.shape[1]] * len(logits) if asked is None else asked.sum(1).tolist()
+    logits = (logits.flatten(0, 1) if asked is None else logits[asked]).float()
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteLossError("the model's output on the calibration blocks is not finite")
     if backward:
-        # Block by block, so that the labels do not depend on how many blocks make a batch.
-        drawn = [torch.multinomial(block.softmax(-1), 1, generator=generator) for block in logits.detach()]
-        labels = torch.cat(drawn).squeeze(1)
-        # The sum, not the mean: G is about one token's loss.
-        loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+        # Example by example, so that the labels do not depend on how many examples make a batch.
+        drawn = [torch.multinomial(one.softmax(-1), 1, generator=generator) for one in logits.detach().split(counts)]
+        # The sum, not the mean: G is about one prediction's loss.
+        loss = F.cross_entropy(logits, torch.cat(drawn).squeeze(1), reduction="sum")
         if loss.requires_grad:  # else no target layer had a part in it, which the means will say
             loss.backward()
+    return len(logits)
 
 
 class _Moments:
@@ -98,6 +102,7 @@ class _Moments:
         self._inputs = inputs
         self._gradients = gradients
         self._A: dict[str, Tensor] = {}
+        self._abs: dict[str, Tensor] = {}
         self._G: dict[str, Tensor] = {}
         self._vectors: dict[str, int] = {}
         self._owner: dict[str, str] = {}
@@ -106,10 +111,10 @@ class _Moments:
     @contextmanager
     def recording(self) -> Iterator[None]:
         handles = [
-            target.module.register_forward_hook(
-                lambda _module, args, output, name=target.name: self._on_forward(name, args[0], output)
+            parts[0].module.register_forward_hook(
+                lambda _module, args, output, name=parts[0].module_name: self._on_forward(name, args[0], output)
             )
-            for target in self._targets
+            for parts in by_module(self._targets)
         ]
         try:
             yield
@@ -125,22 +130,27 @@ class _Moments:
             TargetError: a layer took no part in what the model computed.
         """
         for target in self._targets:
-            if target.name not in (self._G if self._gradients else self._owner):
+            if target.module_name not in (self._G if self._gradients else self._owner):
                 raise TargetError(
-                    f"{target.name} has no part in the model's output on the calibration blocks; exclude it, or "
+                    f"{target.module_name} has no part in the model's output on the calibration blocks; exclude it, or "
                     "calibrate on more text"
                 )
-        return {
-            target.name: LayerStatistics(
-                self._mean_inputs(self._owner[target.name]) if self._inputs else None,
-                self._G[target.name].div_(tokens) if self._gradients else None,
+        modules = {
+            name: LayerStatistics(
+                self._mean_inputs(self._owner[name]) if self._inputs else None,
+                self._G[name].div_(tokens) if self._gradients else None,
+                self._abs[self._owner[name]] if self._inputs else None,
             )
-            for target in self._targets
+            for name in dict.fromkeys(target.module_name for target in self._targets)
         }
+        return {target.name: _of_part(modules[target.module_name], target.part) for target in self._targets}
 
     def _mean_inputs(self, owner: str) -> Tensor:
         vectors = self._vectors.pop(owner, 0)
-        return self._A[owner].div_(vectors) if vectors else self._A[owner]
+        if vectors:
+            self._abs[owner].div_(vectors)
+            self._A[owner].div_(vectors)
+        return self._A[owner]
 
     def _on_forward(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
         if self._inputs:
@@ -168,7 +178,22 @@ class _Moments:
         self._last = (x, x._version, owner)
         if owner == name:
             _add_outer(self._A, name, x)
+            magnitudes = x.flatten(0, -2).abs().sum(0, dtype=torch.float64)
+            self._abs[name] = self._abs[name] + magnitudes if name in self._abs else magnitudes
             self._vectors[name] = self._vectors.get(name, 0) + x.numel() // x.shape[-1]
+
+
+def _of_part(module: LayerStatistics, part: Part | None) -> LayerStatistics:
+    """Rows see all inputs and have gradients of their own; columns the other way round."""
+    if part is None:
+        return module
+    if part.axis == "rows":
+        return replace(module, G=None if module.G is None else part.block(module.G))
+    return replace(
+        module,
+        A=None if module.A is None else part.block(module.A),
+        mean_abs=None if module.mean_abs is None else taken(module.mean_abs, part.runs, 0),
+    )
 
 
 def _add_outer(sums: dict[str, Tensor], name: str, vectors: Float[Tensor, "*batch d"]) -> None:

@@ -14,12 +14,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from rank_search.errors import ModelError, one_line
 from rank_search.spec import ModelSpec
+from rank_search.task import CAUSAL_LM, TASKS, Task
 
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UnpicklingError, struct.error,
@@ -42,6 +44,7 @@ class LoadedModel:
     source: str
     revision: str | None
     weights_digest: str
+    task: Task = CAUSAL_LM
 
     @property
     def max_length(self) -> int | None:
@@ -88,11 +91,13 @@ def locate(spec: ModelSpec, folder: Path) -> ModelLocation:
 
 
 def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel:
-    """Load a causal language model in float32 with its tokenizer.
+    """Load a model for the task of ``spec`` in float32 with its tokenizer.
 
     Raises:
-        ModelError: not found, not a causal language model, incomplete, or in need of remote code.
+        ModelError: not found, not a model for the task, incomplete, or in need of remote code.
     """
+    task = TASKS[spec.task]
+    auto_class: Any = getattr(transformers, task.auto_class)
     where = locate(spec, folder)
     arguments: dict[str, Any] = {**where.arguments, "trust_remote_code": spec.trust_remote_code}
     quantized = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in arguments else {}
@@ -100,7 +105,7 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedMod
         # The configuration first: it is small, and its errors are about the model, not about one of its files.
         if not quantized:
             AutoConfig.from_pretrained(where.name, **arguments)
-        pretrained: Any = AutoModelForCausalLM.from_pretrained(
+        pretrained: Any = auto_class.from_pretrained(
             where.name, dtype=torch.float32, output_loading_info=True, **quantized, **arguments
         )
         tokenizer = AutoTokenizer.from_pretrained(where.name, **arguments)
@@ -115,11 +120,11 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedMod
     if missing:
         raise ModelError(
             f"model {spec.source!r} lacks {len(missing)} weights of a {type(model).__name__}, first {missing[0]}; "
-            "it would start from random numbers: give a checkpoint made for causal language modelling"
+            f"it would start from random numbers: give a checkpoint made for {task.made_for}"
         )
     model = model.eval().requires_grad_(False).to(device)
     revision = None if where.is_local else getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model, tokenizer, spec.source, revision, weights_digest(model.state_dict().items()))
+    return LoadedModel(model, tokenizer, spec.source, revision, weights_digest(model.state_dict().items()), task)
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:

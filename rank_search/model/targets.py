@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rank_search.errors import TargetError
+from rank_search.model.parts import ATTENTION, Part, heads_of, parts_of
 from rank_search.ranks import LayerShape, RankSpace
 from rank_search.spec import TargetSpec
 
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value)(_|$)", re.IGNORECASE)
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
@@ -24,17 +24,35 @@ _INDEX = re.compile(r"\.(\d+)(?=\.)")
 class Target:
     """A target layer: its shape, its module, and every place in the model that holds this module.
 
-    ``places`` are (parent, attribute) pairs; ALBERT's one layer, say, can stand in several.
+    ``places`` are (parent, attribute) pairs; ALBERT's one layer, say, can stand in several. ``part`` tells which rows
+    or columns of the module's matrix the target layer is; None for all of it.
     """
 
     shape: LayerShape
     module: nn.Module
     places: tuple[tuple[nn.Module, str], ...]
+    part: Part | None = None
 
     @property
     def name(self) -> str:
-        """Module name, the key in rank maps."""
+        """Module name, or for a part of a module's matrix that and the part's label: the key in rank maps."""
         return self.shape.name
+
+    @property
+    def module_name(self) -> str:
+        """Name of the module."""
+        return self.part.module if self.part else self.shape.name
+
+    @property
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """W, dense."""
+        matrix = weight_matrix(self.module)
+        return self.part.of(matrix) if self.part else matrix
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The module's bias; a part has none, its module adds it to what the parts give."""
+        return bias_of(self.module) if self.part is None else None
 
 
 def weight_matrix(module: nn.Module) -> Float[Tensor, "m n"]:
@@ -42,6 +60,19 @@ def weight_matrix(module: nn.Module) -> Float[Tensor, "m n"]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """A layer's bias."""
+    return module.bias if isinstance(module.bias, nn.Parameter) else None
+
+
+def by_module(targets: Sequence[Target]) -> list[list[Target]]:
+    """The target layers of each module, in order."""
+    modules: dict[int, list[Target]] = {}
+    for target in targets:
+        modules.setdefault(id(target.module), []).append(target)
+    return list(modules.values())
 
 
 def find_targets(model: nn.Module, spec: TargetSpec) -> tuple[Target, ...]:
@@ -53,22 +84,25 @@ def find_targets(model: nn.Module, spec: TargetSpec) -> tuple[Target, ...]:
     Raises:
         TargetError: a pattern that matches nothing, a matrix that cannot be factorised, nothing selected.
     """
-    candidates = list(_candidates(model))
-    names = [target.name for target in candidates]
-    modules = [name for name, _ in model.named_modules()]
-    chosen = {name for name in names if _selected(name, spec)}
+    candidates, untold = _candidates(model, spec)
+    selected = [target for target in candidates if _selected(target, spec)]
+    chosen = {target.name for target in selected}
     if spec.share is not None:
-        chosen = _fewest_holding(spec.share, [t.shape for t in candidates if t.name in chosen])
+        chosen = _fewest_holding(spec.share, [target.shape for target in selected])
     for pattern in spec.include:
-        chosen |= _matching(pattern, names, modules, "include")
+        chosen |= _matching(pattern, candidates, model, "include")
     for pattern in spec.exclude:
-        chosen -= _matching(pattern, names, modules, "exclude")
+        chosen -= _matching(pattern, candidates, model, "exclude")
     targets = tuple(target for target in candidates if target.name in chosen)
     if not targets:
         raise TargetError(
-            f"no target layer is selected (layers = {spec.layers!r}, {len(names)} linear layers in the model); "
+            f"no target layer is selected (layers = {spec.layers!r}, {len(candidates)} linear layers in the model); "
             "name some under targets.include, or see `rank-search layers MODEL`"
         )
+    for target in targets:
+        if target.name in untold:
+            raise TargetError(untold[target.name])
+    _refuse_nothing_split(targets, spec)
     _refuse_tied(model, targets)
     return targets
 
@@ -79,7 +113,8 @@ def rank_space(model: nn.Module, targets: Sequence[Target], spec: TargetSpec) ->
     return RankSpace(tuple(target.shape for target in targets), total, spec.storage, spec.rank_multiple)
 
 
-def _candidates(model: nn.Module) -> Iterator[Target]:
+def _candidates(model: nn.Module, spec: TargetSpec) -> tuple[list[Target], dict[str, str]]:
+    """All linear layers, in parts where ``spec`` asks for it, and why some could not be split, by name."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         # Not named_children, which names a module that stands twice in one parent only once.
@@ -87,10 +122,33 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             places.setdefault(id(child), []).append((parent, attribute))
     linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     stacks = {_INDEX.split(name, maxsplit=1)[0] for name, _ in linear if _INDEX.search(name)}
+    candidates: list[Target] = []
+    untold: dict[str, str] = {}
     for name, module in linear:
         m, n = weight_matrix(module).shape
         depth, group = _depth_and_group(name, several_stacks=len(stacks) > 1)
-        yield Target(LayerShape(name, m, n, group, depth), module, tuple(places[id(module)]))
+        try:
+            parts = _parts(model, name, module, spec)
+        except TargetError as error:
+            # Refused only where it is selected.
+            untold[name], parts = str(error), ()
+        at = tuple(places[id(module)])
+        if not parts:
+            candidates.append(Target(LayerShape(name, m, n, group, depth), module, at))
+        for part in parts:
+            rows, columns = (part.size, n) if part.axis == "rows" else (m, part.size)
+            shape = LayerShape(part.name, rows, columns, f"{group}.{part.kind}", depth)
+            candidates.append(Target(shape, module, at, part))
+    return candidates, untold
+
+
+def _parts(model: nn.Module, name: str, module: nn.Module, spec: TargetSpec) -> tuple[Part, ...]:
+    by_head = spec.granularity == "head"
+    inner = _inner(name)
+    if not (by_head or spec.split_qkv) or inner is None or not ATTENTION.search(inner):
+        return ()
+    m, n = weight_matrix(module).shape
+    return parts_of(name, module, m, n, heads_of(model, name), by_head=by_head)
 
 
 def _depth_and_group(name: str, *, several_stacks: bool) -> tuple[int, str]:
@@ -102,16 +160,23 @@ def _depth_and_group(name: str, *, several_stacks: bool) -> tuple[int, str]:
     return int(match.group(1)), f"{name[: match.start()]}.{inner}" if several_stacks else inner
 
 
-def _selected(name: str, spec: TargetSpec) -> bool:
+def _inner(name: str) -> str | None:
+    """Name inside the block; None outside of the blocks."""
     match = _INDEX.search(name)
-    if match is None:
+    return None if match is None else name[match.end() + 1 :]
+
+
+def _selected(target: Target, spec: TargetSpec) -> bool:
+    inner = _inner(target.module_name)
+    if inner is None:
         return False
-    inner = name[match.end() + 1 :]
     if spec.layers == "linear":
         return True
-    if not _ATTENTION.search(inner):
+    if not ATTENTION.search(inner):
         return False
-    return spec.layers == "attention" or bool(_QUERY_OR_VALUE.search(inner.rsplit(".", 1)[-1]))
+    # A part of a fused projection says itself what it is: q, k or v.
+    kind = target.part.kind.removesuffix("head").strip(".") if target.part else ""
+    return spec.layers == "attention" or bool(_QUERY_OR_VALUE.search(kind or inner.rsplit(".", 1)[-1]))
 
 
 def _fewest_holding(share: float, shapes: list[LayerShape]) -> set[str]:
@@ -127,18 +192,57 @@ def _fewest_holding(share: float, shapes: list[LayerShape]) -> set[str]:
     return chosen
 
 
-def _matching(pattern: str, names: list[str], modules: list[str], key: str) -> set[str]:
-    found = {name for name in names if fnmatchcase(name, pattern)}
+def _matching(pattern: str, candidates: Sequence[Target], model: nn.Module, key: str) -> set[str]:
+    """Names of the target layers whose own name, or their module's, the pattern fits."""
+    found = {t.name for t in candidates if fnmatchcase(t.name, pattern) or fnmatchcase(t.module_name, pattern)}
     if found:
         return found
-    others = [name for name in modules if fnmatchcase(name, pattern)]
-    if others:
-        raise TargetError(
-            f"targets.{key} pattern {pattern!r} matches {others[0]}, which is no linear layer; name linear layers"
-        )
+    for name, parameter in expert_matrices(model):
+        if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern):
+            raise TargetError(
+                f"targets.{key} pattern {pattern!r} matches {name}, {len(parameter)} matrices in one parameter, which "
+                "must stay dense; name linear layers"
+            )
+    for name, _ in model.named_modules():
+        if fnmatchcase(name, pattern):
+            raise TargetError(
+                f"targets.{key} pattern {pattern!r} matches {name}, which is no linear layer; name linear layers"
+            )
     raise TargetError(
         f"targets.{key} pattern {pattern!r} matches no module of the model; see `rank-search layers MODEL`"
     )
+
+
+def expert_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters (experts, m, n) inside the blocks: the experts of a mixture in one piece, which stay dense."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and _INDEX.search(name):
+                yield name, parameter
+
+
+def told_of_experts(model: nn.Module) -> str | None:
+    """One line about the experts that stay dense, for whoever watches; None where there are none."""
+    matrices = list(expert_matrices(model))
+    if not matrices:
+        return None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(parameter.numel() for _, parameter in matrices)
+    others = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
+    return (
+        f"{matrices[0][0]}{others}: matrices of experts in one 3-D parameter are left dense; "
+        f"they hold {held / total:.1%} of the model"
+    )
+
+
+def _refuse_nothing_split(targets: Sequence[Target], spec: TargetSpec) -> None:
+    kinds = {target.part.kind for target in targets if target.part}
+    if spec.granularity == "head" and not kinds:
+        raise TargetError('targets.granularity = "head", but no projection of attention is selected; leave it out')
+    if spec.split_qkv and not any(kind[0] in "qkv" for kind in kinds):
+        raise TargetError("targets.split_qkv = true, but no fused QKV is selected; leave it out")
 
 
 def _refuse_tied(model: nn.Module, targets: Sequence[Target]) -> None:

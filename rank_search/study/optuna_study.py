@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +16,30 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 
-from rank_search.errors import StorageError, StudyMismatchError
+from rank_search.errors import StorageError, StudyFileError, StudyMismatchError
+from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
 from rank_search.study.engine import READ_ONLY, WRITING, engine_kwargs, shown, storage_error, translated
 from rank_search.study.liveness import WorkerId
 from rank_search.study.samplers import SeededSampler
-from rank_search.study.space import Params, SearchSpace, Seed
+from rank_search.study.space import GivenSeeds, Params, SearchSpace, Seed
 
 DIRECTIONS = (StudyDirection.MINIMIZE, StudyDirection.MINIMIZE)
 METRICS = ["validation loss", "parameters"]
 
+_SEEDED = "seeded"
+"""The study's attribute that says that all its seeds are there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A trial that this process has claimed: its parameters, and the source of a seed (None: sampled)."""
+    """A trial that this process has claimed: its parameters, the source of a seed (None: sampled), and the rank map of
+    one whose parameters only stand near it."""
 
     number: int
     params: Params
     source: str | None
+    rank_map: RankMap | None = None
 
 
 def create_optuna_tables(url: URL) -> None:
@@ -54,7 +61,7 @@ class OptunaStudy:
         self._worker = str(WorkerId.current())
         self._rdb = _storage(url, skip_table_creation=True)
         self._storage = get_storage(self._rdb)
-        with self._translated(), _quiet():
+        with self._translated(), quiet():
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -78,11 +85,27 @@ class OptunaStudy:
             _close(storage)
         return True
 
-    def prepare(self, digest: str) -> None:
+    @staticmethod
+    def is_seeded(url: URL, name: str) -> bool:
+        """Whether the database holds an Optuna study of this name with all its seeds."""
+        storage = _storage(url, skip_table_creation=True)
+        try:
+            return bool(storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(_SEEDED))
+        except KeyError:
+            return False
+        except StorageInternalError as error:
+            raise storage_error(url, error.__cause__) from None
+        finally:
+            _close(storage)
+
+    def prepare(self, digest: str, given: GivenSeeds) -> None:
         """Name the metrics and enqueue the seeds that are missing; only under the database's lock.
+
+        Seeds of equal rank maps are one trial, the first one's.
 
         Raises:
             StudyMismatchError: the study has other directions.
+            StudyFileError: a seed that is not the allocator's own is missing and not ``given``.
         """
         with self._translated():
             if tuple(self._study.directions) != DIRECTIONS:
@@ -94,16 +117,38 @@ class OptunaStudy:
                     warnings.simplefilter("ignore", ExperimentalWarning)
                     self._study.set_metric_names(METRICS)
                 self._study.set_user_attr("spec_digest", digest)
-            present = {trial.user_attrs.get("source") for trial in self.trials()}
-            for seed in self._seeds:
-                if seed.source not in present:
-                    self.enqueue(self._space.encode(seed), {"source": seed.source})
+            if not self._study.user_attrs.get(_SEEDED):
+                self._enqueue_seeds(given)
+                self._study.set_user_attr(_SEEDED, True)
+
+    def _enqueue_seeds(self, given: GivenSeeds) -> None:
+        present = {trial.user_attrs.get("source") for trial in self.trials()}
+        seen: set[RankMap] = set()
+        for seed in self._seeds:
+            attrs: dict[str, Any] = {"source": seed.source}
+            if seed.is_own:
+                params = self._space.encode(seed)
+                rank_map = self._space.decode(params)
+            elif seed in given:
+                rank_map = given[seed]
+                params = self._space.nearest(seed.kept, rank_map)
+                if self._space.decode(params) != rank_map:
+                    attrs["rank_map"] = json.dumps(dict(rank_map))
+            elif seed.source in present:
+                continue
+            else:
+                raise StudyFileError(f"search.seeds names {seed.allocation!r}, whose rank maps were not made")
+            if seed.source not in present and rank_map not in seen:
+                self.enqueue(params, attrs)
+            seen.add(rank_map)
 
     def ask(self) -> Claim:
         """Claim a waiting trial, or sample a new one."""
         with self._translated():
             trial = self._study.ask(fixed_distributions=self._space.distributions)
-            return Claim(trial.number, dict(trial.params), trial.user_attrs.get("source"))
+            told = trial.user_attrs.get("rank_map")
+            rank_map = None if told is None else RankMap(json.loads(told))
+            return Claim(trial.number, dict(trial.params), trial.user_attrs.get("source"), rank_map)
 
     def complete(self, number: int, values: tuple[float, float], attrs: Mapping[str, Any]) -> None:
         """Tell Optuna a measurement; a trial that has ended already is left as it is."""
@@ -197,7 +242,7 @@ def _close(storage: RDBStorage) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Optuna's lines on standard error about studies it makes and loads."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

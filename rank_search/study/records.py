@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -26,13 +27,17 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StudyRecord:
-    """A study as stored. ``dense_loss`` is the validation loss of the dense model, nats per token, once known."""
+    """A study as stored.
+
+    ``dense_loss`` is the validation loss of the dense model, nats per token, once known, ``dense_metrics`` its metrics.
+    """
 
     name: str
     spec: StudySpec
     facts: StudyFacts
     dense_loss: float | None
     created: datetime
+    dense_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

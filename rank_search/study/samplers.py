@@ -20,7 +20,7 @@ POPULATION = 16
 
 
 def check_sampler(search: SearchSpec) -> None:
-    """Refuse a sampler that cannot work in the study's space.
+    """Refuse a sampler that cannot work in the study's space, and seeds that cannot be made.
 
     Raises:
         StudyFileError: a Gaussian process without its library, or over one whole number a layer, where its
@@ -31,8 +31,20 @@ def check_sampler(search: SearchSpec) -> None:
             "search.sampler = 'gp' needs minutes to hours a trial with search.space = 'direct'; "
             "take space = 'multipliers', or sampler = 'tpe' or 'nsga2'"
         )
-    if search.sampler == "gp" and importlib.util.find_spec("scipy") is None:
-        raise StudyFileError("search.sampler = 'gp' needs scipy; pip install 'rank-search[gp]'")
+    if search.sampler == "gp":
+        require_scipy("search.sampler = 'gp'")
+    if "bolaco" in search.seeds:
+        require_scipy("search.seeds with 'bolaco'")
+
+
+def require_scipy(what: str) -> None:
+    """Refuse ``what`` where Optuna's Gaussian process cannot run.
+
+    Raises:
+        StudyFileError: scipy is missing.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise StudyFileError(f"{what} needs scipy; pip install 'rank-search[gp]'")
 
 
 class SeededSampler(BaseSampler):

@@ -13,7 +13,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from rank_search.allocation import Allocator
 from rank_search.errors import BudgetError, RankMapError, StudyFileError
 from rank_search.ranks import LayerShape, RankMap, RankSpace
-from rank_search.spec import SearchSpec
+from rank_search.spec import Allocation, SearchSpec
+
+_BLENDS = 10
+"""Steps of uniformity among which a given rank map's nearest is looked for."""
 
 Params = dict[str, float]
 """Parameter name → value, as Optuna stores them; whole numbers for ``direct``."""
@@ -21,23 +24,33 @@ Params = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A rank map that a study measures first: closed form or uniform, at a kept fraction of the target layers."""
+    """A rank map that a study measures first: of one allocation, at a kept fraction of the target layers."""
 
     kept: float
-    uniform: bool
+    allocation: Allocation
 
     @property
     def source(self) -> str:
         """How trials of this seed are labelled; no two seeds alike."""
-        return f"{'uniform' if self.uniform else 'closed form'} {self.kept}"
+        return f"{'closed form' if self.allocation == 'closed-form' else self.allocation} {self.kept}"
+
+    @property
+    def is_own(self) -> bool:
+        """Of the allocator alone; the others have to be given."""
+        return self.allocation in ("closed-form", "uniform")
 
     def rank_map(self, allocator: Allocator) -> RankMap:
-        """The rank map itself."""
-        return allocator.uniform(self.kept) if self.uniform else allocator.closed_form(self.kept)
+        """The rank map itself, of a seed that is the allocator's own."""
+        assert self.is_own
+        return allocator.uniform(self.kept) if self.allocation == "uniform" else allocator.closed_form(self.kept)
+
+
+GivenSeeds = Mapping[Seed, RankMap]
+"""Rank maps of the seeds that are not the allocator's own."""
 
 
 def ladder(search: SearchSpec, allocator: Allocator) -> tuple[Seed, ...]:
-    """The seeds of a study: for each kept fraction of its ladder the closed form, then uniform.
+    """The seeds of a study: for each kept fraction of its ladder, each allocation of its seeds.
 
     Raises:
         BudgetError: a kept fraction below what the smallest ranks need.
@@ -45,7 +58,7 @@ def ladder(search: SearchSpec, allocator: Allocator) -> tuple[Seed, ...]:
     kept = dict.fromkeys(search.ladder)
     for fraction in kept:
         allocator.space.budget(fraction)
-    return tuple(Seed(fraction, uniform) for fraction in kept for uniform in (False, True))
+    return tuple(Seed(fraction, allocation) for fraction in kept for allocation in search.seeds)
 
 
 class SearchSpace(Protocol):
@@ -59,7 +72,10 @@ class SearchSpace(Protocol):
         """The rank map that ``params`` mean."""
 
     def encode(self, seed: Seed) -> Params:
-        """The parameters that decode to a seed's rank map."""
+        """The parameters that decode to the rank map of a seed that is the allocator's own."""
+
+    def nearest(self, kept: float, rank_map: RankMap) -> Params:
+        """Parameters whose rank map is near to a given one, made for a kept fraction."""
 
 
 def check_range(search: SearchSpec, space: RankSpace) -> None:
@@ -130,7 +146,21 @@ class MultiplierSpace:
     def encode(self, seed: Seed) -> Params:
         """All multipliers zero: exactly the seed's rank map."""
         zeros = dict.fromkeys(self.distributions, 0.0)
-        return {**zeros, "kept": seed.kept, "uniformity": float(seed.uniform)}
+        return {**zeros, "kept": seed.kept, "uniformity": float(seed.allocation == "uniform")}
+
+    def nearest(self, kept: float, rank_map: RankMap) -> Params:
+        """The same kept fraction, all multipliers zero, and of a few blends with uniform the one that differs by the
+        fewest parameters, layer by layer."""
+        zeros = dict.fromkeys(self.distributions, 0.0)
+        blends = [{**zeros, "kept": kept, "uniformity": step / _BLENDS} for step in range(_BLENDS + 1)]
+        return min(blends, key=lambda params: self._distance(self.decode(params), rank_map))
+
+    def _distance(self, one: RankMap, other: RankMap) -> int:
+        space = self._allocator.space
+        return sum(
+            abs(shape.params(one.get(shape.name), space.storage) - shape.params(other.get(shape.name), space.storage))
+            for shape in space.shapes
+        )
 
     def _multiplier(self, shape: LayerShape, params: Mapping[str, float]) -> float:
         u = params[f"u.{shape.group}"] if self._groups else 0.0
@@ -165,6 +195,10 @@ class DirectSpace:
     def encode(self, seed: Seed) -> Params:
         """The indices of the seed's ranks."""
         return self.encode_map(seed.rank_map(self._allocator))
+
+    def nearest(self, kept: float, rank_map: RankMap) -> Params:
+        """The indices of its ranks, exactly."""
+        return self.encode_map(rank_map)
 
     def encode_map(self, rank_map: RankMap) -> Params:
         """The indices of a rank map's ranks.

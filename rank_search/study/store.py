@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -170,10 +170,11 @@ class StudyStore:
         with self._write() as session:
             self._study_row(session, spec.name, lock=True).spec = _spec_json(spec)
 
-    def set_dense_loss(self, name: str, loss: float) -> None:
-        """Store the validation loss of the dense model, nats per token."""
+    def set_dense_loss(self, name: str, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Store the validation loss of the dense model, nats per token, and its metrics."""
         with self._write() as session:
-            self._study_row(session, name, lock=True).dense_loss = loss
+            row = self._study_row(session, name, lock=True)
+            row.dense_loss, row.dense_metrics = loss, json.dumps(dict(metrics or {}))
 
     def begin_trial(self, name: str, number: int, source: str, rank_map: RankMap, worker: str) -> None:
         """Store a proposed rank map and who measures it."""
@@ -340,7 +341,8 @@ def _spec(row: StudyRow) -> StudySpec:
 
 
 def _study_record(row: StudyRow) -> StudyRecord:
-    return StudyRecord(row.name, _spec(row), StudyFacts.from_json(row.facts), row.dense_loss, row.created)
+    metrics = _stored_json(row.dense_metrics or "{}", f"the metrics of study {row.name!r}")
+    return StudyRecord(row.name, _spec(row), StudyFacts.from_json(row.facts), row.dense_loss, row.created, metrics)
 
 
 def _trial_record(row: TrialRow) -> TrialRecord:
@@ -366,10 +368,14 @@ def _measurement(row: TrialRow) -> Measurement | None:
     if row.state != State.COMPLETE:
         return None
     values = {name: getattr(row, name) for name in _MEASURED}
-    return Measurement(**{**values, "fidelity": Fidelity.from_label(values["fidelity"])})
+    values["fidelity"] = Fidelity.from_label(row.fidelity or "")
+    values["metrics"] = _stored_json(row.metrics or "{}", "the metrics of a trial")
+    values["fold_losses"] = tuple(_stored_json(row.fold_losses or "[]", "the losses of a trial's folds"))
+    return Measurement(**values)
 
 
 def _set_measurement(row: TrialRow, measured: Measurement) -> None:
     for name in _MEASURED:
         setattr(row, name, getattr(measured, name))
     row.fidelity = measured.fidelity.label
+    row.metrics, row.fold_losses = json.dumps(dict(measured.metrics)), json.dumps(measured.fold_losses)

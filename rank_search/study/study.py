@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,15 +17,15 @@ from rank_search.front import Front
 from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
 from rank_search.spec import StudySpec
-from rank_search.study.engine import make_engine
+from rank_search.study.engine import make_engine, parse_url
 from rank_search.study.facts import StudyFacts
 from rank_search.study.liveness import WorkerId
 from rank_search.study.optuna_study import OptunaStudy
 from rank_search.study.records import State
 from rank_search.study.samplers import check_sampler
 from rank_search.study.schema import ensure_schema, exclusive
-from rank_search.study.space import SearchSpace, ladder, make_space
-from rank_search.study.store import StudyStore
+from rank_search.study.space import GivenSeeds, SearchSpace, Seed, ladder, make_space
+from rank_search.study.store import StudyStore, find_study
 
 MAX_REQUEUES = 3
 """How often a trial whose worker died is proposed again; then it fails, for it may be what kills them."""
@@ -71,8 +72,13 @@ class Study:
         self._worker = str(WorkerId.current())
 
     @classmethod
-    def open(cls, spec: StudySpec, storage_url: str, allocator: Allocator, facts: StudyFacts) -> Self:
+    def open(
+        cls, spec: StudySpec, storage_url: str, allocator: Allocator, facts: StudyFacts, given: GivenSeeds | None = None
+    ) -> Self:
         """Create a study or go on with it.
+
+        Args:
+            given: the rank maps of seeds that are not the allocator's own, where :func:`given_seeds` asks for them.
 
         Raises:
             BudgetError: the ladder or the range of kept fractions cannot be met; nothing was made.
@@ -93,7 +99,7 @@ class Study:
                 _create_or_check(store, spec, facts)
                 optuna_study = OptunaStudy(store.engine.url, spec.search, spec.name, space, seeds)
                 opened.enter_context(closing(optuna_study))
-                optuna_study.prepare(spec.digest)
+                optuna_study.prepare(spec.digest, given or {})
             study = cls(spec, allocator, space, store, optuna_study)
             study.reconcile()
             opened.pop_all()  # all went well: they stay open
@@ -102,7 +108,7 @@ class Study:
     def ask(self) -> Proposal:
         """The next rank map: seeds first, then what was requeued, then what the sampler proposes."""
         claim = self._optuna.ask()
-        rank_map = self._space.decode(claim.params)
+        rank_map = self._space.decode(claim.params) if claim.rank_map is None else claim.rank_map
         source = claim.source or self._spec.search.sampler
         self._store.begin_trial(self.name, claim.number, source, rank_map, self._worker)
         return Proposal(claim.number, rank_map, source, self._allocator.predicted_rise(rank_map))
@@ -143,9 +149,9 @@ class Study:
         """Validation loss of the dense model, nats per token, once it is known."""
         return self._store.study(self.name).dense_loss
 
-    def set_dense_loss(self, loss: float) -> None:
-        """Store the validation loss of the dense model, nats per token."""
-        self._store.set_dense_loss(self.name, loss)
+    def set_dense_loss(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Store the validation loss of the dense model, nats per token, and its metrics."""
+        self._store.set_dense_loss(self.name, loss, metrics)
         self._optuna.set_dense_loss(loss)
 
     def close(self) -> None:
@@ -192,6 +198,8 @@ class Study:
         if params:  # without any, nothing was sampled yet
             source = trial.user_attrs.get("source", self._spec.search.sampler)
             attrs = {"source": source, "deaths": deaths, "retry_of": trial.number, "retried_because": reason}
+            if "rank_map" in trial.user_attrs:
+                attrs["rank_map"] = trial.user_attrs["rank_map"]
             self._optuna.enqueue(params, attrs)
 
     def _tell_optuna(self, number: int, rank_map: RankMap, source: str, measurement: Measurement) -> None:
@@ -204,7 +212,23 @@ class Study:
         }
         if math.isfinite(measurement.perplexity):
             attrs["perplexity"] = measurement.perplexity
+        attrs |= {f"metric {name}": value for name, value in measurement.metrics.items() if math.isfinite(value)}
+        if measurement.fold_deviation is not None:
+            attrs["fold_deviation"] = measurement.fold_deviation
         self._optuna.complete(number, _objectives(measurement), attrs)
+
+
+def given_seeds(spec: StudySpec, storage_url: str, allocator: Allocator) -> tuple[Seed, ...]:
+    """The seeds whose rank maps :meth:`Study.open` has to be given: none once the study has all its seeds.
+
+    Raises:
+        BudgetError: a kept fraction of the ladder cannot be met.
+        StorageError: the database cannot be reached or understood. Nothing is made or changed.
+    """
+    seeds = tuple(seed for seed in ladder(spec.search, allocator) if not seed.is_own)
+    if not seeds or find_study(storage_url, spec.name) is None:
+        return seeds
+    return () if OptunaStudy.is_seeded(parse_url(storage_url), spec.name) else seeds
 
 
 def _objectives(measurement: Measurement) -> tuple[float, float]:

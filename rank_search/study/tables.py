@@ -65,6 +65,8 @@ class StudyRow(Base):
     spec_digest: Mapped[str] = mapped_column(String(64))
     facts: Mapped[str] = mapped_column(LongText)
     dense_loss: Mapped[float | None] = mapped_column(Double)
+    dense_metrics: Mapped[str | None] = mapped_column(LongText)
+    """JSON: metric → value of the dense model."""
     created: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
@@ -93,6 +95,10 @@ class TrialRow(Base):
     finetune_seconds: Mapped[float | None] = mapped_column(Double)
     score_seconds: Mapped[float | None] = mapped_column(Double)
     peak_memory: Mapped[int | None] = mapped_column(BigInteger)
+    metrics: Mapped[str | None] = mapped_column(LongText)
+    """JSON: metric → value; none in trials of versions that had no metrics."""
+    fold_losses: Mapped[str | None] = mapped_column(LongText)
+    """JSON: the loss of every fold."""
     reason: Mapped[str | None] = mapped_column(LongText)
     worker: Mapped[str] = mapped_column(String(300))
     started: Mapped[datetime] = mapped_column(UtcDateTime)

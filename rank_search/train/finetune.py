@@ -8,23 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.model.device import autocast, deterministic
 from rank_search.progress import SILENT, Progress
-from rank_search.score import next_token_loss
 from rank_search.spec import FinetuneSpec
-from rank_search.train.capture import Batch, CapturedStep
+from rank_search.task import Batch, Examples
+from rank_search.train.capture import CapturedStep
 
 _NOT_CAPTURED = "the steps of this model cannot be recorded ({}); running them one by one"
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneResult:
-    """Training loss of every step, nats per token."""
+    """Training loss of every step, nats per prediction."""
 
     losses: tuple[float, ...]
 
@@ -32,36 +33,31 @@ class FinetuneResult:
 def finetune(
     model: nn.Module,
     layers: Sequence[LowRankLinear],
-    blocks: Int[Tensor, "blocks tokens"],
+    examples: Examples,
     spec: FinetuneSpec,
     *,
     seed: int,
     progress: Progress = SILENT,
     capture: bool = True,
 ) -> FinetuneResult:
-    """Train the factors in ``layers`` (or, with ``spec.train = "all"``, every parameter) on ``blocks``, in place.
+    """Train the factors in ``layers`` (or, with ``spec.train = "all"``, every parameter) on ``examples``, in place.
 
     The model stays in evaluation mode: a run this short repairs what truncation broke, and dropout would only blur it.
 
     Raises:
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
     """
-    steps = spec.steps_for(blocks.shape[1])
+    steps = spec.steps_for(examples.sequence_length)
     if steps == 0:
         return FinetuneResult(())
-    factors: list[Tensor] = [factor for layer in layers for factor in layer.factors]
-    groups = [Group(factors, spec.learning_rate)]
-    if spec.train == "all":
-        known = {id(factor) for factor in factors}
-        dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        groups.append(Group(dense, spec.dense_learning_rate))
-    groups = [group for group in groups if group.parameters]
-    if not groups:
-        return FinetuneResult(())
-    with _requiring_grad([parameter for group in groups for parameter in group.parameters]):
-        losses = train_steps(
-            model, groups, blocks, spec, steps, seed=seed, title="fine-tune", progress=progress, capture=capture
-        )
+    with aligned(model):
+        groups = _groups(model, layers, spec)
+        if not groups:
+            return FinetuneResult(())
+        with _requiring_grad([parameter for group in groups for parameter in group.parameters]):
+            losses = train_steps(
+                model, groups, examples, spec, steps, seed=seed, title="fine-tune", progress=progress, capture=capture
+            )
     return FinetuneResult(_checked(losses))
 
 
@@ -73,10 +69,20 @@ class Group:
     learning_rate: float
 
 
+def _groups(model: nn.Module, layers: Sequence[LowRankLinear], spec: FinetuneSpec) -> list[Group]:
+    factors: list[Tensor] = [factor for layer in layers for factor in layer.factors]
+    groups = [Group(factors, spec.learning_rate)]
+    if spec.train == "all":
+        known = {id(factor) for factor in factors}
+        dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        groups.append(Group(dense, spec.dense_learning_rate))
+    return [group for group in groups if group.parameters]
+
+
 def train_steps(
     model: nn.Module,
     groups: Sequence[Group],
-    blocks: Int[Tensor, "blocks tokens"],
+    examples: Examples,
     spec: FinetuneSpec,
     steps: int,
     *,
@@ -99,8 +105,7 @@ def train_steps(
 
     def one_step(batch: Batch) -> Tensor:
         with autocast(device):
-            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        loss = next_token_loss(logits, batch["input_ids"])
+            loss = examples.task.loss(model, batch)
         if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
             loss.backward()
             nn.utils.clip_grad_norm_(trained, spec.clip)
@@ -113,10 +118,10 @@ def train_steps(
         do_step = CapturedStep(model, one_step, on_refusal=lambda reason: progress.say(_NOT_CAPTURED.format(reason)))
     losses = torch.zeros(steps, device=device)
     with deterministic(device), progress.step(title, steps) as step:
-        for index, ids in enumerate(batches(blocks.to(device, torch.long), spec.batch_blocks, steps, seed)):
+        for index, batch in enumerate(batches(examples.to(device, torch.long), spec.batch_blocks, steps, seed)):
             before_step(index)
             _set_learning_rates(optimizer, groups, learning_rate_factor(index, steps, spec.warmup))
-            losses[index] = do_step({"input_ids": ids})
+            losses[index] = do_step(batch)
             step.advance()
     return losses
 
@@ -147,17 +152,15 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def batches(
-    blocks: Int[Tensor, "blocks tokens"], batch_blocks: int, steps: int, seed: int
-) -> Iterator[Int[Tensor, "batch tokens"]]:
-    """Every block once an epoch, in an order of its own each epoch; the order depends on the seed alone."""
+def batches(examples: Examples, batch_blocks: int, steps: int, seed: int) -> Iterator[Batch]:
+    """Every example once an epoch, in an order of its own each epoch; the order depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch_blocks // len(blocks))
-    orders = [torch.randperm(len(blocks), generator=generator) for _ in range(epochs)]
+    epochs = -(-steps * batch_blocks // len(examples))
+    orders = [torch.randperm(len(examples), generator=generator) for _ in range(epochs)]
     # Moved at once: a copy from the host in every step would make the host wait.
-    order = torch.cat(orders)[: steps * batch_blocks].to(blocks.device)
+    order = torch.cat(orders)[: steps * batch_blocks].to(examples.device)
     for taken in order.split(batch_blocks):
-        yield blocks[taken]
+        yield examples[taken].tensors
 
 
 @contextmanager

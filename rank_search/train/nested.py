@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rank_search.allocation import Allocator
+from rank_search.compress.alignment import aligned_rank, padded
 from rank_search.compress.low_rank import place, restore
 from rank_search.errors import NonFiniteLossError
 from rank_search.factors.decompose import Factors
-from rank_search.model.targets import Target, weight_matrix
+from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, SearchSpec
+from rank_search.task import Examples
 from rank_search.train.finetune import Group, train_steps
 
 
@@ -53,14 +55,27 @@ class NestedLinear(nn.Module):
 
     def __init__(self, target: Target, factors: Factors, rank: Int[Tensor, ""], *, masked: bool) -> None:
         super().__init__()
-        weight = weight_matrix(target.module)
-        self.out = nn.Parameter(factors.out.to(weight.device, weight.dtype, copy=True))
-        self.inn = nn.Parameter(factors.inn.to(weight.device, weight.dtype, copy=True))
+        weight = target.matrix
+        aligned = aligned_rank(len(factors.inn), weight.device)
+        self.out = nn.Parameter(padded(factors.out.to(weight.device, weight.dtype, copy=True), aligned))
+        self.inn = nn.Parameter(padded(factors.inn.to(weight.device, weight.dtype, copy=True), aligned))
         self._rank = rank
         self._masked = masked
-        self._index = torch.arange(len(factors.inn), device=weight.device)
+        self._index = torch.arange(aligned, device=weight.device)
         # Not registered: they are the dense model's.
-        self._dense = (weight, target.module.bias if isinstance(target.module.bias, Tensor) else None)
+        self._dense = (weight, target.bias)
+
+    def trained(self, before: Factors) -> Factors:
+        """The factors as they are now; the singular values are those of ``before``."""
+        rank = len(before.inn)
+        out, inn = (tensor.detach()[:rank].float().cpu() for tensor in (self.out, self.inn))
+        return Factors(out, inn, before.sigma)
+
+    @property
+    def weight(self) -> Float[Tensor, "m n"]:
+        """The matrix at the present rank: for code that reads a layer's matrix instead of calling it."""
+        used = (self._index < self._rank).to(self.out.dtype)
+        return (self.out * used[:, None]).T @ self.inn + self._dense[0] * (self._rank < 0).to(self.out.dtype)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """The layer at its present rank."""
@@ -81,7 +96,7 @@ def nested_finetune(
     targets: Sequence[Target],
     factors: Mapping[str, Factors],
     rank_maps: Callable[[int], RankMap],
-    blocks: Int[Tensor, "blocks tokens"],
+    examples: Examples,
     spec: FinetuneSpec,
     *,
     seed: int,
@@ -109,7 +124,7 @@ def nested_finetune(
     place(targets, layers)
     try:
         losses = train_steps(
-            model, [Group(trained, spec.learning_rate)], blocks, spec, steps, seed=seed, title="nested fine-tune",
+            model, [Group(trained, spec.learning_rate)], examples, spec, steps, seed=seed, title="nested fine-tune",
             progress=progress, before_step=lambda index: now.copy_(ranks[index]),
         )  # fmt: skip
     finally:
@@ -119,10 +134,7 @@ def nested_finetune(
         raise NonFiniteLossError(
             f"the nested fine-tune's loss was not finite in {worst} of {steps} steps; lower finetune.learning_rate"
         )
-    return {
-        name: Factors(layer.out.detach().float().cpu(), layer.inn.detach().float().cpu(), factors[name].sigma)
-        for name, layer in layers.items()
-    }
+    return {name: layer.trained(factors[name]) for name, layer in layers.items()}
 
 
 def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:

@@ -43,5 +43,6 @@ def moment(size: int, kind: Kind, seed: int) -> Tensor:
 
 
 def layer_statistics(m: int, n: int, kind: Kind) -> LayerStatistics:
-    """A and G of one kind."""
-    return LayerStatistics(moment(n, kind, 1), moment(m, kind, 2) * 1e-3)
+    """A and G of one kind; the inputs' mean magnitudes are those of a normal distribution of these variances."""
+    A = moment(n, kind, 1)
+    return LayerStatistics(A, moment(m, kind, 2) * 1e-3, (2 / torch.pi * A.diagonal()).sqrt())

@@ -90,7 +90,8 @@ def test_what_does_not_change_the_factors_shares_the_bank(
 def test_calibration_training_and_validation_are_apart(tiny_study: StudyFactory) -> None:
     splits = _prepare(tiny_study()).splits
     assert (len(splits.calibration), len(splits.train), len(splits.validation)) == (8, 24, 8)
-    rows = {row.tobytes() for part in (splits.calibration, splits.train, splits.validation) for row in np.array(part)}
+    parts = (splits.calibration, splits.train, splits.validation)
+    rows = {row.tobytes() for part in parts for row in np.array(part.columns["input_ids"])}
     assert len(rows) == 40
 
 

@@ -23,6 +23,7 @@ from rank_search.score import score
 from rank_search.spec import load_study_file
 from rank_search.study.records import State
 from rank_search.study.study import Study
+from rank_search.task import CAUSAL_LM, Examples
 from rank_search.trial import Evaluator
 from rank_search.worker import SAME_FAILURES, Outcome, work
 from tests.conftest import StudyFactory
@@ -191,7 +192,7 @@ def test_the_checkpoint_is_the_model_that_was_measured(train: str, write_study: 
     file = rs.export(path, trial=0)
     file.write(tmp_path / "rank_map.json", folder=tmp_path)
     rs.apply(tmp_path / "rank_map.json", tmp_path / "out")
-    validation = torch.from_numpy(rs.prepare(path).splits.validation.copy())
+    validation = Examples.of(CAUSAL_LM, rs.prepare(path).splits.validation.columns)
     model = load_checkpoint(tmp_path / "out", torch.device("cpu")).model
     assert file.measurement is not None
     assert score(model, validation, batch_blocks=8).loss == file.measurement.loss

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rank_search.data import blocks as blocks_module
-from rank_search.data.blocks import blocks_digest, check_length, token_blocks, tokenizer_digest
+from rank_search.data.blocks import check_length, token_blocks, tokenizer_digest
+from rank_search.data.examples import ExampleTable, column_digest
 from rank_search.data.sources import Source, Text, read_text
 from rank_search.data.splits import eval_blocks, make_splits, make_test_blocks
 from rank_search.errors import DataError
@@ -45,6 +47,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text_of(content: str) -> Text:
     return Text(content, str(hash(content)), "a text")
+
+
+def ids(table: ExampleTable) -> NDArray[np.int32]:
+    return table.columns["input_ids"]
 
 
 def spec(**fields: Any) -> DataSpec:
@@ -191,7 +197,7 @@ def test_blocks_are_made_once_for_all_who_ask_at_the_same_time(
             return super().step(title, total)
 
     def ask() -> None:
-        results.append(blocks_digest(token_blocks(text, tokenizer, 16, work_dir=tmp_path, progress=Counting())))
+        results.append(column_digest(token_blocks(text, tokenizer, 16, work_dir=tmp_path, progress=Counting())))
 
     text, results = text_of(prose(4)), list[str]()
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -272,7 +278,9 @@ def test_splits_of_one_text_follow_each_other_and_lose_nothing(
     splits = make_splits(spec(train="a.txt"), tokenizer, tmp_path, tmp_path)
     assert len(splits.calibration) == 4
     assert len(splits.validation) == len(whole) // 10
-    np.testing.assert_array_equal(np.concatenate([splits.calibration, splits.train, splits.validation]), whole)
+    np.testing.assert_array_equal(
+        np.concatenate([ids(splits.calibration), ids(splits.train), ids(splits.validation)]), whole
+    )
 
 
 def test_asked_for_numbers_of_blocks_are_kept_and_validation_stays_at_the_end(
@@ -281,11 +289,11 @@ def test_asked_for_numbers_of_blocks_are_kept_and_validation_stays_at_the_end(
     (tmp_path / "a.txt").write_text(prose(11))
     whole = token_blocks(read_text(Source("a.txt", tmp_path)), tokenizer, 32, work_dir=tmp_path)
     splits = make_splits(spec(train="a.txt", train_blocks=7, validation_blocks=3), tokenizer, tmp_path, tmp_path)
-    np.testing.assert_array_equal(splits.train, whole[4:11])
-    np.testing.assert_array_equal(splits.validation, whole[-3:])
-    assert splits.calibration_digest == blocks_digest(whole[:4])
-    assert splits.train_digest == blocks_digest(whole[4:11])
-    assert splits.validation_digest == blocks_digest(whole[-3:])
+    np.testing.assert_array_equal(ids(splits.train), whole[4:11])
+    np.testing.assert_array_equal(ids(splits.validation), whole[-3:])
+    assert splits.calibration_digest == column_digest(whole[:4])
+    assert splits.train_digest == column_digest(whole[4:11])
+    assert splits.validation_digest == column_digest(whole[-3:])
 
 
 def test_a_validation_text_of_its_own_leaves_all_of_train(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -294,13 +302,13 @@ def test_a_validation_text_of_its_own_leaves_all_of_train(tmp_path: Path, tokeni
     whole = [token_blocks(read_text(Source(n, tmp_path)), tokenizer, 32, work_dir=tmp_path) for n in ("a.txt", "b.txt")]
     splits = make_splits(spec(train="a.txt", validation="b.txt"), tokenizer, tmp_path, tmp_path)
     assert len(splits.calibration) + len(splits.train) == len(whole[0])
-    np.testing.assert_array_equal(splits.validation, whole[1])
+    np.testing.assert_array_equal(ids(splits.validation), whole[1])
 
 
 def test_a_digest_tells_blocks_of_the_same_tokens_in_another_shape_apart() -> None:
     ids = np.arange(24, dtype=np.int32)
-    assert blocks_digest(ids.reshape(4, 6)) != blocks_digest(ids.reshape(6, 4))
-    assert blocks_digest(ids.reshape(4, 6)) == blocks_digest(ids.reshape(4, 6).astype(">i4"))
+    assert column_digest(ids.reshape(4, 6)) != column_digest(ids.reshape(6, 4))
+    assert column_digest(ids.reshape(4, 6)) == column_digest(ids.reshape(4, 6).astype(">i4"))
 
 
 def test_a_text_too_short_says_what_is_there_and_what_is_needed(

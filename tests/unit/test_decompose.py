@@ -41,11 +41,13 @@ def _metric(method: Method, statistics: LayerStatistics) -> tuple[Tensor, Tensor
     assert statistics.G is not None
     A, G = _damped(statistics.A), _damped(statistics.G)
     eye = torch.eye
+    assert statistics.mean_abs is not None
+    scale = statistics.mean_abs + DAMPING * statistics.mean_abs.mean()
     identity_n, identity_m = eye(len(A), dtype=A.dtype), eye(len(G), dtype=G.dtype)
     return {
         "svd": (identity_n, identity_m),
         "whitened": (A, identity_m),
-        "asvd": (torch.diag(A.diagonal()), identity_m),
+        "asvd": (torch.diag(scale), identity_m),
         "fwsvd": (identity_n, torch.diag(G.diagonal())),
         "kfac": (A, G),
     }[method]

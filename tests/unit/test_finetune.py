@@ -15,6 +15,7 @@ from rank_search.factors.decompose import decompose
 from rank_search.model.targets import find_targets, weight_matrix
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, TargetSpec
+from rank_search.task import Examples
 from rank_search.train.finetune import FinetuneResult, batches, finetune, learning_rate_factor
 from tests.data import models
 
@@ -37,7 +38,7 @@ def _tune(
     # The first target layer stays dense.
     with compressed(targets, bank, RankMap({t.name: t.shape.max_rank() // 2 for t in targets[1:]})) as layers:
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        result = finetune(model, list(layers.values()), blocks, spec, seed=seed)
+        result = finetune(model, list(layers.values()), Examples.causal(blocks), spec, seed=seed)
         after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         factors = {id(factor) for layer in layers.values() for factor in layer.factors}
         assert not any(parameter.requires_grad for parameter in model.parameters() if id(parameter) not in factors)
@@ -118,7 +119,7 @@ def test_the_learning_rate_rises_then_falls_by_a_cosine(steps: int, warmup: floa
 
 def test_every_block_is_seen_once_an_epoch() -> None:
     blocks = torch.arange(10).view(10, 1).repeat(1, 3)
-    seen = torch.cat([batch[:, 0] for batch in batches(blocks, 4, 5, seed=0)])
+    seen = torch.cat([batch["input_ids"][:, 0] for batch in batches(Examples.causal(blocks), 4, 5, seed=0)])
     assert seen[:10].sort().values.tolist() == list(range(10))
     assert seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
@@ -126,14 +127,17 @@ def test_every_block_is_seen_once_an_epoch() -> None:
 
 def test_fewer_blocks_than_a_batch_are_repeated() -> None:
     blocks = torch.arange(3).view(3, 1)
-    drawn = list(batches(blocks, 7, 2, seed=0))
+    drawn = [batch["input_ids"] for batch in batches(Examples.causal(blocks), 7, 2, seed=0)]
     assert [len(batch) for batch in drawn] == [7, 7]
     assert torch.bincount(torch.cat(drawn).flatten()).tolist() in ([5, 5, 4], [5, 4, 5], [4, 5, 5])
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    blocks = torch.arange(10).view(10, 1)
-    orders = [torch.cat(list(batches(blocks, 5, 2, seed=seed))).flatten().tolist() for seed in (0, 0, 1)]
+    blocks = Examples.causal(torch.arange(10).view(10, 1))
+    orders = [
+        torch.cat([batch["input_ids"] for batch in batches(blocks, 5, 2, seed=seed)]).flatten().tolist()
+        for seed in (0, 0, 1)
+    ]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rank_search.errors import NonFiniteLossError
-from rank_search.score import Score, next_token_loss, score
+from rank_search.score import Score, score
+from rank_search.task import CAUSAL_LM, Examples
 from tests.data import models
 
 BLOCKS = (torch.arange(5 * 10).view(5, 10) * 31 % models.VOCABULARY).int()
+EXAMPLES = Examples.causal(BLOCKS)
 
 
 class _Output:
@@ -36,7 +38,7 @@ class _Fixed(nn.Module):
 
 def test_it_is_the_mean_over_predicted_tokens_in_nats() -> None:
     blocks = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
-    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), blocks, batch_blocks=8)
+    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), Examples.causal(blocks), batch_blocks=8)
     first = -(math.log(0.5) + math.log(0.25) + math.log(0.8)) / 3
     second = -(math.log(0.25) + math.log(0.8) + math.log(0.1)) / 3
     assert result.tokens == 6
@@ -48,12 +50,12 @@ def test_it_is_the_mean_over_predicted_tokens_in_nats() -> None:
 
 def test_one_block_takes_its_standard_error_over_tokens() -> None:
     losses = torch.tensor([0.5, 0.25, 0.8]).log()
-    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), torch.tensor([[0, 1, 2, 3]]), batch_blocks=8)
+    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), Examples.causal(torch.tensor([[0, 1, 2, 3]])), batch_blocks=8)
     assert result.standard_error == pytest.approx(float(losses.std()) / math.sqrt(3), rel=1e-5)
 
 
 def test_one_predicted_token_has_no_standard_error() -> None:
-    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), torch.tensor([[0, 1]]), batch_blocks=8)
+    result = score(_Fixed([0.5, 0.25, 0.8, 0.1]), Examples.causal(torch.tensor([[0, 1]])), batch_blocks=8)
     assert result.loss == pytest.approx(math.log(2))
     assert result.standard_error == 0
     assert result.tokens == 1
@@ -64,13 +66,16 @@ def test_it_agrees_with_the_models_own_loss(family: str) -> None:
     model = models.make(family)
     with torch.no_grad():
         own = float(model(input_ids=BLOCKS.long(), labels=BLOCKS.long()).loss)
-    assert score(model, BLOCKS, batch_blocks=5).loss == pytest.approx(own, rel=1e-5)
+    assert score(model, EXAMPLES, batch_blocks=5).loss == pytest.approx(own, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_blocks", [1, 2, 100])
 def test_it_does_not_depend_on_the_batches(batch_blocks: int) -> None:
     model = models.make("llama")
-    expected, found = score(model, BLOCKS, batch_blocks=5), score(model, BLOCKS, batch_blocks=batch_blocks)
+    expected, found = (
+        score(model, EXAMPLES, batch_blocks=5),
+        score(model, EXAMPLES, batch_blocks=batch_blocks),
+    )
     assert found.tokens == expected.tokens == 5 * 9
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
@@ -79,23 +84,22 @@ def test_it_does_not_depend_on_the_batches(batch_blocks: int) -> None:
 def test_a_loss_that_is_not_finite_never_becomes_a_number() -> None:
     blocks = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2], [1, 2, 1, 2]])
     with pytest.raises(NonFiniteLossError, match=r"^validation loss is inf \(2 of 3 blocks are not finite\)$"):
-        score(_Fixed([0.0, 0.25, 0.8, 0.1]), blocks, batch_blocks=2)
+        score(_Fixed([0.0, 0.25, 0.8, 0.1]), Examples.causal(blocks), batch_blocks=2)
     with pytest.raises(NonFiniteLossError, match=r"^validation loss is nan"):
-        score(_Fixed([math.nan, 0.25, 0.8, 0.1]), blocks, batch_blocks=2)
+        score(_Fixed([math.nan, 0.25, 0.8, 0.1]), Examples.causal(blocks), batch_blocks=2)
 
 
 def test_scoring_needs_no_gradients_and_changes_nothing() -> None:
     model = models.make("llama").requires_grad_(True)
-    score(model, BLOCKS, batch_blocks=5)
+    score(model, EXAMPLES, batch_blocks=5)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_loss_of_half_precision_logits_is_taken_in_single_precision() -> None:
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ids = torch.arange(10).view(2, 5) % 7
-    found = next_token_loss(logits, ids)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, next_token_loss(logits.float(), ids))
+    half = _Fixed([0.5, 0.25, 0.8, 0.1]).bfloat16()
+    logits, labels = CAUSAL_LM.predictions(half, {"input_ids": torch.arange(10).view(2, 5) % 4})
+    assert logits.dtype == torch.float32
+    assert torch.equal(labels, torch.tensor([1, 2, 3, 0, 2, 3, 0, 1]))
 
 
 def test_perplexity_of_a_hopeless_loss_is_infinite() -> None:

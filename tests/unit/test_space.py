@@ -31,7 +31,7 @@ def test_seeds_decode_to_the_allocations_themselves(name: str) -> None:
     seeds = ladder(search, allocator)
     assert [seed.source for seed in seeds[:3]] == ["closed form 0.9", "uniform 0.9", "closed form 0.8"]
     for seed in seeds:
-        expected = allocator.uniform(seed.kept) if seed.uniform else allocator.closed_form(seed.kept)
+        expected = allocator.uniform(seed.kept) if seed.allocation == "uniform" else allocator.closed_form(seed.kept)
         params = space.encode(seed)
         assert params.keys() == space.distributions.keys()
         assert space.decode(params) == expected

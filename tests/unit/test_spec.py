@@ -60,6 +60,8 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         (LEAST + "[search]\ntrials = true\n", "search.trials: Input should be a valid integer, not True"),
         (LEAST + "[search]\nmin_kept = 0.9\nmax_kept = 0.5\n", r"search: min_kept (0.9) must be below max_kept (0.5)"),
         (LEAST + "[search]\nladder = [0.5, 1.5]\n", "search.ladder.1: Input should be less than or equal to 1"),
+        (LEAST + '[search]\nseeds = ["uniform", "uniform"]\n', "search: seeds (uniform, uniform) name"),
+        (LEAST + '[search]\nseeds = ["slicegpt"]\n', "search.seeds.0: Input should be 'closed-form', "),
         (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'tpe', 'nsga2', 'gp' or 'random'"),
         (LEAST + "[targets]\nshare = 0\n", "targets.share: Input should be greater than 0, not 0"),
         (LEAST + "[finetune]\nlearning_rate = nan\n", "finetune.learning_rate: "),

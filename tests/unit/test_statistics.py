@@ -14,9 +14,11 @@ from rank_search.errors import NonFiniteLossError, TargetError
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.targets import Target, find_targets
 from rank_search.spec import TargetSpec
+from rank_search.task import Examples
 from tests.data import models
 
 BLOCKS = (torch.arange(6 * 12).view(6, 12) * 37 % models.VOCABULARY).int()
+EXAMPLES = Examples.causal(BLOCKS)
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 
 
@@ -54,13 +56,15 @@ def test_moments_are_those_of_inputs_and_of_gradients_at_sampled_labels(family: 
     model = models.make(family)
     targets = find_targets(model, TargetSpec())
     inputs, gradients = _recorded(model, targets, seed=3)
-    found = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=3)
+    found = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=3)
     for target in targets:
         x, g = inputs[target.name], gradients[target.name]
         assert len(x) == len(g) == BLOCKS.numel()
-        A, G = found[target.name].A, found[target.name].G
+        A, G, mean_abs = found[target.name].A, found[target.name].G, found[target.name].mean_abs
         assert A is not None
         assert G is not None
+        assert mean_abs is not None
+        torch.testing.assert_close(mean_abs, x.abs().mean(0), rtol=1e-5, atol=1e-9)
         assert A.dtype == G.dtype == torch.float64
         torch.testing.assert_close(A, x.T @ x / len(x), rtol=1e-5, atol=1e-6 * float(A.diagonal().max()))
         torch.testing.assert_close(G, g.T @ g / len(g), rtol=1e-4, atol=1e-5 * float(G.diagonal().max()))
@@ -69,7 +73,7 @@ def test_moments_are_those_of_inputs_and_of_gradients_at_sampled_labels(family: 
 def test_layers_that_read_the_same_tensor_share_one_moment() -> None:
     model = models.make("llama")
     targets = find_targets(model, TargetSpec())
-    found = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=0)
+    found = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=0)
     block = "model.layers.0."
     A = {name.removeprefix(block): layer.A for name, layer in found.items() if name.startswith(block)}
     assert A["self_attn.q_proj"] is A["self_attn.k_proj"] is A["self_attn.v_proj"]
@@ -81,7 +85,7 @@ def test_collecting_leaves_the_model_alone() -> None:
     model = models.make("llama")
     targets = find_targets(model, TargetSpec())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=0)
+    collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -91,7 +95,7 @@ def test_collecting_leaves_the_model_alone() -> None:
 def test_the_same_seed_gives_the_same_statistics_and_another_seed_other_labels() -> None:
     model = models.make("llama")
     targets = find_targets(model, TargetSpec())
-    first, again, other = (collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=s) for s in (0, 0, 1))
+    first, again, other = (collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=s) for s in (0, 0, 1))
     for name in first:
         (A, G), (A_again, G_again), (A_other, G_other) = (_both(of[name]) for of in (first, again, other))
         assert torch.equal(A, A_again)
@@ -104,8 +108,8 @@ def test_the_same_seed_gives_the_same_statistics_and_another_seed_other_labels()
 def test_only_what_is_asked_for_is_collected(inputs: bool, gradients: bool) -> None:
     model = models.make("llama")
     targets = find_targets(model, TargetSpec())
-    found = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=0, inputs=inputs, gradients=gradients)
-    full = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=0)
+    found = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=0, inputs=inputs, gradients=gradients)
+    full = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=0)
     for name, layer in found.items():
         assert (layer.A is not None, layer.G is not None) == (inputs, gradients)
         if layer.A is not None:
@@ -117,7 +121,7 @@ def test_only_what_is_asked_for_is_collected(inputs: bool, gradients: bool) -> N
 def test_batches_of_another_size_give_the_same_inputs() -> None:
     model = models.make("opt")
     targets = find_targets(model, TargetSpec())
-    few, many = (collect_statistics(model, targets, BLOCKS, batch_blocks=b, seed=0, gradients=False) for b in (1, 6))
+    few, many = (collect_statistics(model, targets, EXAMPLES, batch_blocks=b, seed=0, gradients=False) for b in (1, 6))
     for name, layer in few.items():
         torch.testing.assert_close(layer.A, many[name].A, rtol=1e-5, atol=1e-6)
 
@@ -160,7 +164,7 @@ def test_a_layer_that_runs_twice_adds_its_gradients_and_averages_its_inputs() ->
     model = _Looped(2)
     targets = find_targets(model, TargetSpec(exclude=("*idle",)))
     inputs, gradients = _recorded(model, targets, seed=0)
-    found = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=0)["blocks.0.used"]
+    found = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=0)["blocks.0.used"]
     x, g = inputs["blocks.0.used"], gradients["blocks.0.used"]
     assert len(x) == len(g) == 2 * BLOCKS.numel()
     torch.testing.assert_close(found.A, x.T @ x / (2 * BLOCKS.numel()), rtol=1e-5, atol=1e-7)
@@ -171,7 +175,7 @@ def test_a_model_that_goes_on_in_place_has_the_same_statistics() -> None:
     plain, in_place = _Looped(2), _Looped(2, in_place=True)
     spec = TargetSpec(exclude=("*idle",))
     expected, found = (
-        collect_statistics(model, find_targets(model, spec), BLOCKS, batch_blocks=4, seed=0)["blocks.0.used"]
+        collect_statistics(model, find_targets(model, spec), EXAMPLES, batch_blocks=4, seed=0)["blocks.0.used"]
         for model in (plain, in_place)
     )
     assert torch.equal(_both(expected)[0], _both(found)[0])
@@ -189,7 +193,7 @@ class _Changing(_Looped):  # type: ignore[no-untyped-call]
 
 def test_a_tensor_that_changes_between_two_layers_is_not_shared() -> None:
     model = _Changing(1)
-    found = collect_statistics(model, find_targets(model, TargetSpec()), BLOCKS, batch_blocks=6, seed=0)
+    found = collect_statistics(model, find_targets(model, TargetSpec()), EXAMPLES, batch_blocks=6, seed=0)
     x = model.embedding(BLOCKS.long()).flatten(0, 1).double()
     for name, inputs in (("blocks.0.used", x), ("blocks.0.idle", x.relu())):
         torch.testing.assert_close(found[name].A, inputs.T @ inputs / len(inputs), rtol=1e-5, atol=1e-7)
@@ -201,7 +205,12 @@ def test_a_layer_that_the_model_does_not_use_is_named(gradients: bool, exclude: 
     model = _Looped(1)
     with pytest.raises(TargetError, match=r"^blocks.0.idle has no part in the model's output .* exclude it"):
         collect_statistics(
-            model, find_targets(model, TargetSpec(exclude=exclude)), BLOCKS, batch_blocks=4, seed=0, gradients=gradients
+            model,
+            find_targets(model, TargetSpec(exclude=exclude)),
+            EXAMPLES,
+            batch_blocks=4,
+            seed=0,
+            gradients=gradients,
         )
 
 
@@ -210,7 +219,7 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.inf
     with pytest.raises(NonFiniteLossError, match="output on the calibration blocks is not finite"):
-        collect_statistics(model, find_targets(model, TargetSpec()), BLOCKS, batch_blocks=4, seed=0)
+        collect_statistics(model, find_targets(model, TargetSpec()), EXAMPLES, batch_blocks=4, seed=0)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -220,7 +229,7 @@ def test_the_predicted_rise_is_the_rise_of_the_divergence_from_the_dense_model()
     targets = find_targets(model, TargetSpec())
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(models.VOCABULARY, (128, 16), generator=generator).int()
-    found = collect_statistics(model, targets, blocks, batch_blocks=32, seed=0)
+    found = collect_statistics(model, targets, Examples.causal(blocks), batch_blocks=32, seed=0)
     with torch.no_grad():
         dense = model(input_ids=blocks.long()).logits.log_softmax(-1)
     for target in targets:
@@ -245,8 +254,8 @@ def test_the_predicted_rise_is_the_rise_of_the_divergence_from_the_dense_model()
 def test_they_do_not_depend_on_how_many_blocks_make_a_batch(batch_blocks: int) -> None:
     model = models.make("llama")
     targets = find_targets(model, TargetSpec())
-    found = collect_statistics(model, targets, BLOCKS, batch_blocks=batch_blocks, seed=5)
-    expected = collect_statistics(model, targets, BLOCKS, batch_blocks=4, seed=5)
+    found = collect_statistics(model, targets, EXAMPLES, batch_blocks=batch_blocks, seed=5)
+    expected = collect_statistics(model, targets, EXAMPLES, batch_blocks=4, seed=5)
     for name, layer in expected.items():
         torch.testing.assert_close(found[name].A, layer.A, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[name].G, layer.G, rtol=1e-4, atol=1e-6)

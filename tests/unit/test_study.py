@@ -15,7 +15,8 @@ import pytest
 from rank_search.allocation import Allocator
 from rank_search.errors import BudgetError, StudyFileError
 from rank_search.ranks import RankMap
-from rank_search.study.study import Study
+from rank_search.study.space import Seed
+from rank_search.study.study import Study, given_seeds
 from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure, open_study, run_trials
 
 
@@ -114,6 +115,37 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
     with pytest.raises(error, match=message):
         Study.open(make_spec(**search), f"sqlite:///{tmp_path}/s.db", allocator, make_facts(allocator))
     assert list(tmp_path.iterdir()) == []
+
+
+def open_seeded(storage: str, given: dict[Seed, RankMap] | None, **search: Any) -> Study:
+    allocator = make_allocator()
+    spec = make_spec(ladder=[0.7], seeds=["closed-form", "svd-llm-v2", "zs-svd"], **search)
+    return Study.open(spec, storage, allocator, make_facts(allocator), given)
+
+
+@pytest.mark.parametrize("space", ["multipliers", "direct"])
+def test_given_seeds_are_proposed_as_they_are_and_again_after_an_interrupt(tmp_path: Path, space: str) -> None:
+    storage, allocator = f"sqlite:///{tmp_path}/s.db", make_allocator()
+    foreign = RankMap({"block.0.attn": 1, "block.2.mlp": 3})
+    given = {Seed(0.7, "svd-llm-v2"): foreign, Seed(0.7, "zs-svd"): allocator.closed_form(0.7)}
+    spec = make_spec(ladder=[0.7], seeds=["closed-form", "svd-llm-v2", "zs-svd"], space=space)
+    assert given_seeds(spec, storage, allocator) == tuple(given)
+    study = open_seeded(storage, given, space=space)
+    run_trials(study, 1)
+    study.requeue(study.ask())
+    study.close()
+    assert given_seeds(spec, storage, allocator) == ()
+    study = open_seeded(storage, None, space=space)
+    proposals = run_trials(study, 2)
+    study.close()
+    assert (proposals[0].source, proposals[0].rank_map) == ("svd-llm-v2 0.7", foreign)
+    # Equal to the closed form, the other is not measured again.
+    assert proposals[1].source == "tpe"
+
+
+def test_a_seed_that_nobody_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError, match="names 'svd-llm-v2', whose rank maps were not made"):
+        open_seeded(f"sqlite:///{tmp_path}/s.db", None)
 
 
 @pytest.mark.parametrize(("module", "absent"), [("study.study", ["torch"]), ("study.store", ["torch", "optuna"])])

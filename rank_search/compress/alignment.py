@@ -1,0 +1,51 @@
+"""Ranks rounded up while a GPU computes with them, by factors of zeros.
+
+Tensor cores want every side of a matrix to be a multiple of 8 or more; at other ranks the products fall back to kernels
+that take several times as long. A factor whose both rows are zero adds nothing to the layer's output, gets no
+gradient, and stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rank_search.compress.low_rank import LowRankLinear
+
+ALIGNMENT = 16
+
+
+def aligned_rank(rank: int, device: torch.device) -> int:
+    """``rank``, on a GPU rounded up to a multiple of :data:`ALIGNMENT`."""
+    return -(-rank // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else rank
+
+
+def padded(factors: Float[Tensor, "rank d"], rank: int) -> Float[Tensor, "padded d"]:
+    """Rows of zeros below ``factors``, up to ``rank`` rows."""
+    return F.pad(factors, (0, 0, 0, rank - len(factors)))
+
+
+@contextmanager
+def aligned(model: nn.Module) -> Iterator[None]:
+    """The low-rank layers of ``model`` at aligned ranks inside the block; at their own, trained or not, after it."""
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    changed = [layer for layer in layers if aligned_rank(layer.rank, layer.inner.weight.device) != layer.rank]
+    for layer in changed:
+        rank = aligned_rank(layer.rank, layer.inner.weight.device)
+        _set_factors(layer, padded(layer.inner.weight, rank), padded(layer.outer.weight.T, rank).T)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            _set_factors(layer, layer.inner.weight[: layer.rank], layer.outer.weight[:, : layer.rank])
+
+
+def _set_factors(layer: LowRankLinear, inner: Tensor, outer: Tensor) -> None:
+    for linear, weight in ((layer.inner, inner), (layer.outer, outer)):
+        requires_grad = linear.weight.requires_grad
+        linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=requires_grad)

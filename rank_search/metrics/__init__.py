@@ -1,0 +1,1 @@
+"""Metrics through ``evaluate``: those in ``modules`` work without a network, others come from the hub by name."""
