@@ -106,6 +106,11 @@ class Allocator:
         self._cost: Ints = np.concatenate(cost).astype(np.int64)
         self._slope: Floats = np.concatenate(slope)
 
+    @property
+    def curves(self) -> tuple[LayerCurve, ...]:
+        """The choices of every layer, in the order of the space's shapes."""
+        return tuple(self._curves)
+
     def closed_form(self, kept: float, multipliers: Mapping[str, float] | None = None) -> RankMap:
         """The rank map of least predicted rise within the budget.
 
@@ -147,6 +152,13 @@ class Allocator:
             chosen.append(max(0, int(np.searchsorted(curve.params, wanted, side="right")) - 1))
         self._spend(chosen, budget, self._saving(weights))
         return self._rank_map(chosen)
+
+    def filled(self, chosen: Sequence[int], budget: int) -> RankMap:
+        """The rank map of a choice for every layer (an index into its curve), after single steps, the one of most
+        predicted rise saved per parameter first, have spent what it leaves of ``budget`` parameters."""
+        spent = list(chosen)
+        self._spend(spent, budget, self._saving(self._weights(None)))
+        return self._rank_map(spent)
 
     def predicted_rise(self, rank_map: RankMap) -> float:
         """Predicted rise of the loss over the dense model, in nats per token."""

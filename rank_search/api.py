@@ -392,7 +392,7 @@ def facts_of(prepared: Prepared) -> StudyFacts:
         calibration_digest=prepared.splits.calibration_digest,
         train_digest=prepared.splits.train_digest,
         validation_digest=prepared.splits.validation_digest,
-        bank=prepared.trial_bank.key.digest,
+        bank=prepared.trial_banks.digest,
         folder=str(prepared.study.folder.resolve()),
     )
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from rank_search.allocation import Allocator
 from rank_search.data.blocks import check_length
 from rank_search.data.making import ExampleMaker, maker
 from rank_search.data.splits import Splits
-from rank_search.factors.bank import BankKey, FactorBank, open_or_build
+from rank_search.factors.bank import BankKey, FactorBank, TrialBanks, open_or_build
 from rank_search.factors.build import BuildTimes, build_factors
 from rank_search.factors.decompose import Factors
 from rank_search.metrics.collecting import check_metrics
@@ -28,7 +29,7 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
 from rank_search.task import Examples
-from rank_search.train.nested import nested_finetune, sampled_rank_maps
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Prepared:
     splits: Splits
     bank: FactorBank
     """Factors as decomposed, and their predicted rises."""
-    trial_bank: FactorBank
-    """What trials slice: ``bank``, or in nested mode its fine-tuned factors."""
+    trial_banks: TrialBanks
+    """What trials slice: ``bank``, or in nested mode its fine-tuned factors, range by range."""
     built: bool
     """The bank was made now, not found."""
     times: PrepareTimes = field(compare=False)
@@ -88,7 +89,7 @@ def prepare(
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
-    In nested mode the bank's factors are fine-tuned, too, unless ``nested`` is False: allocations do not need it.
+    In nested mode the banks of its ranges are made, too, unless ``nested`` is False: allocations do not need them.
     ``check`` may refuse the rank space or the digest of the weights before anything is computed or written.
 
     Raises:
@@ -116,11 +117,11 @@ def prepare(
     times = BuildTimes()
     bank = _bank(study, loaded, targets, space, splits, times, progress)
     bank_at = time.perf_counter()
-    trial_bank = bank
+    trial_banks = TrialBanks.single(bank)
     if nested and spec.finetune.mode == "nested":
-        trial_bank = _nested_bank(study, loaded, targets, space, splits, bank, progress)
+        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress)
     return Prepared(
-        study, loaded, device, targets, space, splits, bank, trial_bank, times.decomposition > 0,
+        study, loaded, device, targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
             loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
             bank_at - blocks_at - times.statistics - times.decomposition, time.perf_counter() - bank_at,
@@ -140,19 +141,12 @@ def _bank(
 ) -> FactorBank:  # fmt: skip
     """Open the study's factor bank, or build it."""
     spec = study.spec
-    key = BankKey.of(
-        loaded.revision,
-        loaded.weights_digest,
-        splits.calibration_digest,
-        spec.factors,
-        spec.targets.storage,
-        space.shapes,
-    )
+    key = BankKey.of(loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, space)
 
     def build() -> dict[str, Factors]:
         return build_factors(
             loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors,
-            spec.targets.storage, batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
+            space, batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
         )  # fmt: skip
 
     device = next(loaded.model.parameters()).device.type
@@ -163,28 +157,55 @@ def _bank(
     )  # fmt: skip
 
 
-def _nested_bank(
+class _TakenByAnotherError(Exception):
+    """Another process is making this bank now."""
+
+
+def _nested_banks(
     study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
     bank: FactorBank, progress: Progress,
-) -> FactorBank:  # fmt: skip
-    """Open the bank of the study's nested fine-tune, or train it."""
+) -> TrialBanks:  # fmt: skip
+    """Open the banks of the study's nested fine-tune, or train them.
+
+    Ranges are trained apart from each other: what is finished stays when the rest is interrupted, and processes that
+    start together (one a GPU, say) take one each.
+    """
     spec = study.spec
-    search = spec.search.model_dump(include={"seed", "min_kept", "max_kept", "multiplier_range"})
-    told = {
-        "finetune": spec.finetune.model_dump(exclude={"steps", "tokens"}),
-        "search": search,
-        "train": splits.train_digest,
-    }
-    tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    allocator = Allocator(space, bank.tails())
+    least = space.min_params / space.dense_params
+    ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, least)
+    examples = Examples.of(loaded.task, splits.train.columns)
+    factors = {target.name: bank[target.name] for target in targets}
 
-    def build() -> dict[str, Factors]:
-        return nested_finetune(
-            loaded.model, targets, {target.name: bank[target.name] for target in targets},
-            sampled_rank_maps(Allocator(space, bank.tails()), spec.search),
-            Examples.of(loaded.task, splits.train.columns), spec.finetune, seed=spec.search.seed, progress=progress,
-        )  # fmt: skip
+    def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
+        low, high = ranges[number]
+        finetune = spec.finetune.at((low + high) / 2)
 
-    return open_or_build(
-        study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made,
-        on_wait=lambda: progress.say("another process is making the nested fine-tune; waiting"),
-    )  # fmt: skip
+        def build() -> dict[str, Factors]:
+            progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")
+            return nested_finetune(
+                loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, (low, high)),
+                examples, finetune, seed=spec.search.seed, progress=progress,
+            )  # fmt: skip
+
+        told = {
+            "finetune": finetune.model_dump(exclude={"steps", "tokens", "nested_ranges"}),
+            "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
+            "range": (low, high),
+            "train": splits.train_digest,
+        }
+        tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return open_or_build(study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made, on_wait)
+
+    def leave() -> None:
+        raise _TakenByAnotherError
+
+    for number in range(len(ranges)):
+        with suppress(_TakenByAnotherError):  # those that nobody makes now come first
+            make(number, leave)
+
+    def tell() -> None:
+        progress.say("another process is making a nested fine-tune; waiting")
+
+    banks = tuple(make(number, tell) for number in range(len(ranges)))
+    return TrialBanks(banks, tuple(high for _, high in ranges))

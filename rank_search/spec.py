@@ -18,9 +18,9 @@ from rank_search.ranks import Storage
 Method = Literal["kfac", "whitened", "asvd", "fwsvd", "svd"]
 Layers = Literal["linear", "attention", "query-value"]
 Granularity = Literal["matrix", "head"]
-Space = Literal["multipliers", "direct"]
+Space = Literal["multipliers", "groups", "direct"]
 TaskName = Literal["causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm"]
-Sampler = Literal["tpe", "nsga2", "gp", "random"]
+Sampler = Literal["tpe", "nsga2", "nsga3", "gp", "random", "mutation"]
 Allocation = Literal["closed-form", "uniform", "asvd", "svd-llm-v2", "zs-svd", "io-svd", "bolaco"]
 """Rules from a budget to a rank map: the package's own two, and those of published methods."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -42,6 +42,17 @@ _TASK_OF_COLUMN: dict[str, TaskName] = {
     "label_column": "sequence-classification",
     "target_column": "seq2seq-lm",
 }
+
+LOSS_UNITS: dict[TaskName, str] = {
+    "causal-lm": "token",
+    "masked-lm": "token",
+    "sequence-classification": "example",
+    "seq2seq-lm": "token",
+}
+"""What a task's loss is a mean over."""
+
+LEAST_REMOVED = 0.02
+"""Removed fraction that a scaled learning rate counts at least, so that no rank map goes untrained."""
 
 PYTHON_DOCS = "python-docs"
 """Name of the text that every Python has: the language reference in ``pydoc_data.topics``."""
@@ -167,6 +178,10 @@ class FactorSpec(_Table):
     """Added to the diagonal of A and G, relative to its mean."""
     seed: Seed = 0
     """Of the labels that are sampled from the model's own output."""
+    anchor: Fraction | None = None
+    """Take the statistics once more, on the model that the closed form makes at this kept fraction of the target
+    layers, and decompose by the mean of both: layers then count as they do between the dense and the compressed model.
+    None: by the dense model's alone."""
 
 
 class FinetuneSpec(_Table):
@@ -174,8 +189,10 @@ class FinetuneSpec(_Table):
 
     mode: Literal["own", "nested"] = "own"
     """Every trial is fine-tuned on its own, or the bank's factors once for all trials, which then slice them."""
-    nested_steps: Positive = 400
-    """Optimiser steps of the nested fine-tune, each under another rank map."""
+    nested_steps: Positive = 150
+    """Optimiser steps of the nested fine-tune of every range, each under another rank map."""
+    nested_ranges: Annotated[int, Field(ge=1, le=32)] = 4
+    """Ranges of kept fractions, from `search.min_kept` to `search.max_kept`, with a nested fine-tune each."""
     steps: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Budget of a trial's own fine-tune in optimiser steps; where neither this nor ``tokens`` is given, 100, and 0 in
     nested mode. 0: no fine-tune of its own."""
@@ -183,8 +200,11 @@ class FinetuneSpec(_Table):
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
     """Blocks in a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 4e-4
-    """Of AdamW for the factors, at its peak."""
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 8e-4
+    """Of AdamW for the factors, at its peak; see ``learning_rate_scale``."""
+    learning_rate_scale: Literal["removed", "none"] = "removed"
+    """Multiply `learning_rate` by the fraction of the target layers' parameters that a rank map removes (the less is
+    broken, the less there is to repair), or by nothing."""
     dense_learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-4
     """Of AdamW for what `train = "all"` trains beside the factors, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -202,6 +222,13 @@ class FinetuneSpec(_Table):
             raise ValueError("give steps or tokens, not both")
         return self
 
+    def at(self, kept: float) -> FinetuneSpec:
+        """The fine-tune of a rank map that keeps this fraction of the target layers: its learning rate is its own."""
+        if self.learning_rate_scale == "none":
+            return self
+        rate = self.learning_rate * max(1 - kept, LEAST_REMOVED)
+        return self.model_copy(update={"learning_rate": rate, "learning_rate_scale": "none"})
+
     def steps_for(self, sequence_length: int) -> int:
         """Optimiser steps of the budget, for blocks of ``sequence_length`` tokens."""
         if self.tokens is None:
@@ -214,9 +241,13 @@ class SearchSpec(_Table):
     """``[search]``: the study's space, sampler and size."""
 
     space: Space = "multipliers"
-    """A budget and multipliers by layer type and depth, or one whole number a layer."""
+    """A budget and multipliers by layer type and depth (`multipliers`) or for every layer type in every stretch of
+    blocks (`groups`), or one rank a layer (`direct`)."""
+    depth_buckets: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Stretches of blocks of the space `groups`; None: 4."""
     sampler: Sampler = "tpe"
-    """Optuna's; `tpe` is the multivariate one, `gp` needs the extra of that name."""
+    """Optuna's `tpe` (multivariate), `nsga2`, `nsga3`, `gp` (which needs the extra of that name) or `random`; or
+    `mutation`, which changes good rank maps by a few layers at a time and takes `space = "direct"`."""
     trials: Positive = 40
     """Finished trials of the whole study."""
     seed: Seed = 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rank_search.cross_entropy import mean_cross_entropy
-from rank_search.spec import TaskName
+from rank_search.spec import LOSS_UNITS, TaskName
 
 IGNORED = -100
 """The label of a position at which nothing is predicted."""
@@ -34,7 +34,6 @@ class Task:
     Attributes:
         name: in study files.
         auto_class: the class of transformers that loads such a model.
-        unit: what a loss is a mean over.
         made_for: what a checkpoint of the task was made for, in messages.
         next_token: the labels are the inputs themselves, one token on.
         shifts_right: the decoder's inputs are made from the labels by the model itself.
@@ -43,11 +42,15 @@ class Task:
 
     name: TaskName
     auto_class: str
-    unit: str
     made_for: str
     next_token: bool = False
     shifts_right: bool = False
     cached: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What a loss is a mean over."""
+        return LOSS_UNITS[self.name]
 
     def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "examples positions classes"]:
         """The model's output at every position; a classifier has one position an example."""
@@ -84,15 +87,13 @@ class Task:
         return mean_cross_entropy(logits.flatten(0, 1), labels.flatten(), ignored=IGNORED)
 
 
-CAUSAL_LM = Task(
-    "causal-lm", "AutoModelForCausalLM", "token", "causal language modelling", next_token=True, cached=True
-)
-MASKED_LM = Task("masked-lm", "AutoModelForMaskedLM", "token", "masked language modelling")
+CAUSAL_LM = Task("causal-lm", "AutoModelForCausalLM", "causal language modelling", next_token=True, cached=True)
+MASKED_LM = Task("masked-lm", "AutoModelForMaskedLM", "masked language modelling")
 SEQUENCE_CLASSIFICATION = Task(
-    "sequence-classification", "AutoModelForSequenceClassification", "example", "sequence classification"
+    "sequence-classification", "AutoModelForSequenceClassification", "sequence classification"
 )
 SEQ2SEQ_LM = Task(
-    "seq2seq-lm", "AutoModelForSeq2SeqLM", "token", "turning one text into another", shifts_right=True, cached=True
+    "seq2seq-lm", "AutoModelForSeq2SeqLM", "turning one text into another", shifts_right=True, cached=True
 )
 TASKS: Mapping[TaskName, Task] = {
     task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, SEQ2SEQ_LM)

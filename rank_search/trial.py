@@ -47,7 +47,7 @@ class Evaluator:
         self._prepared = prepared
         self._spec = prepared.spec
         self._device = prepared.device
-        self._factors: Mapping[str, Factors] = prepared.trial_bank.on(self._device)
+        self._factors: dict[str, Mapping[str, Factors]] = {}
         task, splits = prepared.loaded.task, prepared.splits
         self._train = Examples.of(task, splits.train.columns).to(self._device)
         self._validation = Examples.of(task, splits.validation.columns).to(self._device)
@@ -93,20 +93,28 @@ class Evaluator:
 
     @contextmanager
     def _applied(self, rank_map: RankMap, train: Examples, progress: Progress) -> Iterator[Applied]:
-        spec = self._spec.finetune
+        kept = self._prepared.space.kept_of_targets(rank_map)
         started = time.perf_counter()
-        with self._kept_if_trained(), compressed(self._prepared.targets, self._factors, rank_map) as layers:
+        factors = self._factors_at(kept)
+        with self._kept_if_trained(), compressed(self._prepared.targets, factors, rank_map) as layers:
             synchronize(self._device)
             applied = Applied(layers, time.perf_counter() - started)
             finetune(
                 self._prepared.model,
                 list(layers.values()),
                 train,
-                spec,
+                self._spec.finetune.at(kept),
                 seed=self._spec.search.seed,
                 progress=progress,
             )
             yield applied
+
+    def _factors_at(self, kept: float) -> Mapping[str, Factors]:
+        """What a rank map of this kept fraction slices."""
+        bank = self._prepared.trial_banks.at(kept)
+        if bank.key.digest not in self._factors:
+            self._factors[bank.key.digest] = bank.on(self._device)
+        return self._factors[bank.key.digest]
 
     def score(self, progress: Progress = SILENT) -> Score:
         """Validation loss of the model as it stands: inside :meth:`applied` the compressed one, else the dense one.

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from rank_search.data.sources import Source
 from rank_search.data.splits import eval_blocks
+from rank_search.factors.bank import TrialBanks
 from rank_search.model.load import LoadedModel
 from rank_search.preparing import Prepared
 from rank_search.spec import FinetuneSpec, StudyFile
@@ -53,8 +54,8 @@ def with_work_dir(study: StudyFile, folder: Path) -> StudyFile:
 def evaluator_with(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
     """An evaluator of the same study under another fine-tune, on the bank that its mode asks for."""
     study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
-    bank = prepared.trial_bank if finetune.mode == "nested" else prepared.bank
-    return Evaluator(dataclasses.replace(prepared, study=study, trial_bank=bank))
+    banks = prepared.trial_banks if finetune.mode == "nested" else TrialBanks.single(prepared.bank)
+    return Evaluator(dataclasses.replace(prepared, study=study, trial_banks=banks))
 
 
 def text_examples(text: Path, loaded: LoadedModel, sequence_length: int, work_dir: Path) -> Examples:

@@ -14,8 +14,8 @@ from _bench import text_examples
 from rank_search.baselines.methods import METHODS
 from rank_search.data.examples import ExampleTable
 from rank_search.data.splits import Splits
-from rank_search.factors.bank import BankKey, FactorBank
-from rank_search.factors.build import factors_of
+from rank_search.factors.bank import BankKey, FactorBank, TrialBanks
+from rank_search.factors.build import anchored, factors_of
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.device import resolve_device
@@ -89,22 +89,25 @@ class Seeded:
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Of all methods, from one pass."""
+        return self._collected(self.spec.factors.seed)
+
+    def _collected(self, seed: int) -> dict[str, LayerStatistics]:
         base = self._base
         return collect_statistics(
             base.loaded.model, base.targets, Examples.of(base.loaded.task, self.splits.calibration.columns),
-            batch_blocks=self.spec.run.score_batch_blocks, seed=self.spec.factors.seed,
+            batch_blocks=self.spec.run.score_batch_blocks, seed=seed,
         )  # fmt: skip
 
     def prepared(self, method: Method, factors: Mapping[str, Factors], storage: Storage) -> Prepared:
         """As :func:`rank_search.preparing.prepare` makes it, on factors in memory."""
         base, spec = self._base, self.spec
         factor_spec = spec.factors.model_copy(update={"method": method})
-        shapes = base.space.shapes
-        key = BankKey.of(None, base.loaded.weights_digest, "", factor_spec, storage, shapes)
-        bank = FactorBank(Path(), key, factors, {})
+        space = base.space.with_storage(storage)
+        bank = FactorBank(Path(), BankKey.of(None, base.loaded.weights_digest, "", factor_spec, space), factors, {})
         study = StudyFile(spec=spec.model_copy(update={"factors": factor_spec}), folder=base.study.folder)
         return Prepared(
-            study, base.loaded, base.device, base.targets, base.space.with_storage(storage), self.splits, bank, bank,
+            study, base.loaded, base.device, base.targets, space, self.splits, bank,
+            TrialBanks.single(bank),
             built=True, times=PrepareTimes(0, 0, 0, 0, 0, 0),
         )  # fmt: skip
 
@@ -112,7 +115,11 @@ class Seeded:
         """All components of every matrix, on the device: they serve both storage forms."""
         base = self._base
         spec = self.spec.factors.model_copy(update={"method": method})
-        made = factors_of(base.targets, self.statistics.__getitem__, spec, "pivoted")
+        statistics = self.statistics
+        if method == "kfac" and spec.anchor is not None:  # the project's own; the published methods know no anchor
+            space = base.space.with_storage("pivoted")
+            statistics = anchored(base.targets, dict(statistics), spec, space, self._collected)
+        made = factors_of(base.targets, statistics.__getitem__, spec, "pivoted")
         return {n: Factors(f.out.to(base.device), f.inn.to(base.device), f.sigma) for n, f in made.items()}
 
 

@@ -26,7 +26,7 @@ from rank_search.cli.progress import TerminalProgress, duration
 from rank_search.cli.quiet import quiet_libraries
 from rank_search.errors import InputError
 from rank_search.export.tables import front_csv, front_json
-from rank_search.spec import StudyFile, load_study_file
+from rank_search.spec import LOSS_UNITS, StudyFile, load_study_file
 
 if TYPE_CHECKING:
     from rank_search.worker import Outcome
@@ -125,9 +125,10 @@ def prepare(study: StudyFileArgument) -> None:
         f"built in {duration(times.statistics + times.decomposition + times.bank)} (statistics "
         f"{duration(times.statistics)}, decomposition {duration(times.decomposition)})"
     )
+    in_folds = f" in {splits.folds} folds" if splits.folds else f" and {len(splits.validation)} validation"
     typer.echo(
         f"{len(space.shapes)} target layers of {space.dense_params:,} parameters in a model of {space.model_params:,}\n"
-        f"{len(splits.calibration)} calibration, {len(splits.train)} training and {len(splits.validation)} validation "
+        f"{len(splits.calibration)} calibration, {len(splits.train)} training{in_folds} "
         f"blocks of {file.spec.data.sequence_length} tokens\n"
         f"factor bank {prepared.bank.path} of {prepared.bank.nbytes / 2**20:.1f} MiB "
         f"{built if prepared.built else 'was there already'}"
@@ -184,7 +185,7 @@ def _draw(view: api.StudyView, path: Path) -> None:
         raise InputError(f"study {view.record.name!r} has not measured the dense model yet; run it first")
     figure = front_figure(
         view.front, trials=view.points, dense_loss=dense, dense_params=view.record.facts.model_params,
-        title=view.record.name,
+        title=view.record.name, unit=LOSS_UNITS[view.record.spec.model.task],
     )  # fmt: skip
     save_figure(figure, path)
 

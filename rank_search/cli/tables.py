@@ -84,7 +84,9 @@ def status_lines(status: StudyStatus) -> Iterable[str]:
     shown = ", ".join([f"{status.complete} complete", *(f"{count} {name}" for name, count in others.items() if count)])
     yield f"study {status.name}: {status.finished} of {status.wanted} trials finished ({shown})"
     for title, loss in (("lowest loss", status.best_loss), ("dense loss", status.dense_loss)):
-        value = "not known yet" if loss is None else f"{loss:.4f} nats per token, perplexity {perplexity(_exp(loss))}"
+        value = "not known yet"
+        if loss is not None:
+            value = f"{loss:.4f} nats per {status.unit}, perplexity {perplexity(_exp(loss))}"
         yield f"{title:<15}{value}"
     yield f"{'trial time':<15}{duration(status.seconds)}"
     if status.last_activity is not None:

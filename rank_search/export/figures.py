@@ -39,16 +39,18 @@ def front_figure(
     dense_params: int,
     closed_form: Sequence[FrontPoint] = (),
     title: str = "",
+    unit: str = "token",
 ) -> Figure:
     """Validation loss against parameters: the front, every other trial, both ladders, and the dense model.
 
     Args:
         front: drawn as steps, since at a budget between two points the smaller one is the best there is.
         trials: all measured points, those of the front and the ladders among them or not.
-        dense_loss: validation loss of the dense model, nats per token.
+        dense_loss: validation loss of the dense model, nats per unit.
         dense_params: its parameters, tied weights once.
         closed_form: ladder points that are not among ``trials``.
         title: the study's name, or what the reader should know of it.
+        unit: what losses are a mean over.
 
     Raises:
         InputError: the front is empty.
@@ -75,7 +77,7 @@ def front_figure(
     axes.set_xlim(limits.left, limits.right)
     axes.set_ylim(limits.bottom, limits.top)
     _count_hidden(axes, everything, limits)
-    _label_axes(axes, dense_params, limits)
+    _label_axes(axes, dense_params, limits, unit)
     _draw_legend(axes)
     if title:
         axes.set_title(title, fontsize=13, pad=10)
@@ -159,7 +161,7 @@ def _count_hidden(axes: Axes, points: Sequence[FrontPoint], limits: _Limits) -> 
         )
 
 
-def _label_axes(axes: Axes, dense_params: int, limits: _Limits) -> None:
+def _label_axes(axes: Axes, dense_params: int, limits: _Limits, unit: str) -> None:
     from matplotlib.ticker import EngFormatter, FixedLocator, FormatStrFormatter, NullLocator
 
     def kept_of(params: Any) -> Any:
@@ -172,7 +174,7 @@ def _label_axes(axes: Axes, dense_params: int, limits: _Limits) -> None:
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters of the whole model", fontsize=11)
-    axes.set_ylabel("validation loss (nats per token)", fontsize=11)
+    axes.set_ylabel(f"validation loss (nats per {unit})", fontsize=11)
     kept = axes.secondary_xaxis("top", functions=(kept_of, params_of))
     kept.set_xlabel("kept fraction of the whole model", fontsize=11)
     # A second axis in perplexity would be placed by exp and log anyway: naming losses by it needs no inverse.

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from rank_search.front import FrontPoint
 
@@ -29,8 +29,8 @@ class FrontRow:
     standard_error: float
     perplexity: float
     fidelity: str
-    fold_deviation: float | None
-    metrics: Mapping[str, float]
+    fold_deviation: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def front_rows(points: Iterable[FrontPoint]) -> list[FrontRow]:
@@ -58,7 +58,7 @@ def front_csv(points: Iterable[FrontPoint]) -> str:
     """The rows as CSV with a heading, a column for each metric."""
     out = io.StringIO()
     rows = front_rows(points)
-    names = [field.name for field in fields(FrontRow) if field.name != "metrics"]
+    names = [column.name for column in fields(FrontRow) if column.name != "metrics"]
     metrics = sorted({metric for row in rows for metric in row.metrics})
     writer = csv.DictWriter(out, [*names, *metrics], lineterminator="\n")
     writer.writeheader()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from rank_search.errors import BankError
 from rank_search.factors.decompose import Factors
-from rank_search.ranks import LayerShape, Storage
+from rank_search.ranks import RankSpace, Storage
 from rank_search.spec import FactorSpec
 
 FORMAT_VERSION = 2
@@ -44,6 +45,8 @@ class BankKey:
     seed: int
     storage: Storage
     layers: tuple[tuple[str, int, int], ...]
+    anchor: str = ""
+    """Of the compressed model that the statistics were taken on, too; empty for the dense model alone."""
     tuned: str = ""
     """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
     format_version: int = FORMAT_VERSION
@@ -55,14 +58,15 @@ class BankKey:
         weights_digest: str,
         calibration_digest: str,
         spec: FactorSpec,
-        storage: Storage,
-        shapes: Sequence[LayerShape],
+        space: RankSpace,
     ) -> BankKey:
         """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
+        blind = spec.method == "svd"
+        anchored = spec.anchor is not None and not blind
         return cls(
-            revision, weights_digest, "" if spec.method == "svd" else calibration_digest,
-            _RECIPES.get(spec.method, spec.method),
-            spec.damping, spec.seed, storage, tuple((shape.name, shape.m, shape.n) for shape in shapes),
+            revision, weights_digest, "" if blind else calibration_digest, _RECIPES.get(spec.method, spec.method),
+            spec.damping, spec.seed, space.storage, tuple((shape.name, shape.m, shape.n) for shape in space.shapes),
+            anchor=f"{spec.anchor:g} in multiples of {space.multiple}" if anchored else "",
         )  # fmt: skip
 
     @property
@@ -97,6 +101,32 @@ class FactorBank:
         if device.type == "cuda" and self.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
             return {name: Factors(f.out.to(device), f.inn.to(device), f.sigma) for name, f in self._factors.items()}
         return self._factors
+
+
+@dataclass(frozen=True)
+class TrialBanks:
+    """What trials slice: one bank, or banks for ranges of kept fractions (of the target layers).
+
+    ``tops`` are the upper ends of the ranges, ascending.
+    """
+
+    banks: tuple[FactorBank, ...]
+    tops: tuple[float, ...]
+
+    @classmethod
+    def single(cls, bank: FactorBank) -> TrialBanks:
+        """One bank for all rank maps."""
+        return cls((bank,), (1.0,))
+
+    def at(self, kept: float) -> FactorBank:
+        """The bank whose range holds ``kept``; outside of all, the nearest."""
+        return self.banks[min(bisect_left(self.tops, kept), len(self.banks) - 1)]
+
+    @property
+    def digest(self) -> str:
+        """Of the banks' keys: of a single bank its own."""
+        digests = [bank.key.digest for bank in self.banks]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def tails(factors: Mapping[str, Factors]) -> dict[str, NDArray[np.float64]]:
@@ -136,9 +166,11 @@ def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
 
 def open_or_build(
     folder: Path, key: BankKey, build: Callable[[], Mapping[str, Factors]], made: Mapping[str, Any],
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], object] = lambda: None,
 ) -> FactorBank:  # fmt: skip
     """The bank of ``key``; the first process of a host to come builds it, the others wait and then map it.
+
+    ``on_wait`` is called before waiting for another process; what it raises ends the waiting.
 
     Raises:
         BankError: it cannot be written (a full disk, say), or is damaged. No part of a bank is left behind.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from rank_search.allocation import Allocator
+from rank_search.factors.bank import tails
 from rank_search.factors.decompose import NEEDS, Factors, Roots, decompose
-from rank_search.factors.statistics import LayerStatistics, collect_statistics
+from rank_search.factors.statistics import LayerStatistics, collect_statistics, mean_statistics
 from rank_search.model.device import synchronize
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import Storage
+from rank_search.ranks import RankMap, RankSpace, Storage
 from rank_search.spec import FactorSpec
 from rank_search.task import Examples
 
@@ -32,13 +35,17 @@ def build_factors(
     targets: Sequence[Target],
     calibration: Examples,
     spec: FactorSpec,
-    storage: Storage,
+    space: RankSpace,
     *,
     batch_blocks: int,
     progress: Progress = SILENT,
     times: BuildTimes | None = None,
 ) -> dict[str, Factors]:
-    """Factors of every target layer, up to the largest rank that ``storage`` makes smaller than dense.
+    """Factors of every target layer, up to the largest rank that the storage form makes smaller than dense.
+
+    With ``spec.anchor`` the statistics are the mean of the dense model's and of those of the model compressed to that
+    kept fraction: the rise of the loss from one to the other is about the integral of its curvature between them, of
+    which this is the trapezoid rule.
 
     Raises:
         DecompositionError: naming the layer.
@@ -48,18 +55,63 @@ def build_factors(
     times = times if times is not None else BuildTimes()
     device = next(model.parameters()).device
     needs = NEEDS[spec.method]
-    started = time.perf_counter()
-    statistics = collect_statistics(
-        model, targets, calibration, batch_blocks=batch_blocks, seed=spec.seed,
-        inputs=needs.inputs, gradients=needs.gradients, progress=progress,
-    )  # fmt: skip
-    synchronize(device)
-    times.statistics = time.perf_counter() - started
-    started = time.perf_counter()
+
+    def collect(seed: int) -> dict[str, LayerStatistics]:
+        started = time.perf_counter()
+        collected = collect_statistics(
+            model, targets, calibration, batch_blocks=batch_blocks, seed=seed,
+            inputs=needs.inputs, gradients=needs.gradients, progress=progress,
+        )  # fmt: skip
+        synchronize(device)
+        times.statistics += time.perf_counter() - started
+        return collected
+
+    statistics = collect(spec.seed)
+    started, collecting = time.perf_counter(), times.statistics
+    if spec.anchor is not None and (needs.inputs or needs.gradients):
+        statistics = anchored(targets, statistics, spec, space, collect, progress=progress)
     # Popped: the statistics of a layer are freed as soon as its factors are there.
-    factors = factors_of(targets, statistics.pop, spec, storage, progress=progress)
-    times.decomposition = time.perf_counter() - started
+    factors = factors_of(targets, statistics.pop, spec, space.storage, progress=progress)
+    times.decomposition = time.perf_counter() - started - (times.statistics - collecting)
     return factors
+
+
+def anchored(
+    targets: Sequence[Target],
+    statistics: dict[str, LayerStatistics],
+    spec: FactorSpec,
+    space: RankSpace,
+    collect: Callable[[int], dict[str, LayerStatistics]],
+    *,
+    progress: Progress = SILENT,
+) -> dict[str, LayerStatistics]:
+    """The mean of ``statistics``, the dense model's, and what ``collect`` (given a seed) finds at ``spec.anchor``.
+
+    Raises:
+        DecompositionError: naming the layer.
+        BudgetError: the anchor is below what the smallest ranks need.
+    """
+    assert spec.anchor is not None
+    first = factors_of(targets, statistics.__getitem__, spec, space.storage, progress=progress)
+    rank_map = Allocator(space, tails(first)).closed_form(spec.anchor)
+    with _overwritten(targets, first, rank_map):
+        return mean_statistics(statistics, collect(spec.seed + 1))
+
+
+@contextmanager
+def _overwritten(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap) -> Iterator[None]:
+    """The matrices of ``rank_map`` hold what their factors stand for inside the block, and themselves after it."""
+    chosen = [target for target in targets if target.name in rank_map]
+    # On the host: this is the one time that a model and a copy of its matrices are needed at once.
+    kept = [target.matrix.detach().cpu().clone() for target in chosen]
+    try:
+        for target in chosen:
+            layer, rank, device = factors[target.name], rank_map[target.name], target.matrix.device
+            target.write(layer.out[:rank].to(device).T @ layer.inn[:rank].to(device))
+        yield
+    finally:
+        for target, matrix in zip(chosen, kept, strict=True):
+            target.write(matrix)
 
 
 @torch.no_grad()

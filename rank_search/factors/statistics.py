@@ -75,6 +75,24 @@ def collect_statistics(
     return moments.means(predictions)
 
 
+def mean_statistics(
+    first: dict[str, LayerStatistics], second: dict[str, LayerStatistics]
+) -> dict[str, LayerStatistics]:
+    """The mean of two collections of one model's statistics, which are emptied; what layers share stays shared."""
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # with the first tensor itself, so that no other one gets its id
+
+    def mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        if one is None or other is None:
+            return None
+        if id(one) not in shared:
+            shared[id(one)] = one, (one + other) / 2
+        return shared[id(one)][1]
+
+    names = list(first)
+    pairs = ((name, first.pop(name), second.pop(name)) for name in names)
+    return {name: LayerStatistics(mean(a.A, b.A), mean(a.G, b.G), mean(a.mean_abs, b.mean_abs)) for name, a, b in pairs}
+
+
 def _pass(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator, *, backward: bool) -> int:
     """Returns the number of predictions."""
     with torch.set_grad_enabled(backward), autocast(batch["input_ids"].device):

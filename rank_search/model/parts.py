@@ -70,6 +70,13 @@ class Part:
         """Its part of the module's matrix."""
         return taken(matrix, self.runs, 0 if self.axis == "rows" else 1)
 
+    def write(self, matrix: Float[Tensor, "m n"], values: Float[Tensor, "part_m part_n"]) -> None:
+        """Write its part of the module's matrix, in place."""
+        dim, position = 0 if self.axis == "rows" else 1, 0
+        for start, stop in self.runs:
+            matrix.narrow(dim, start, stop - start).copy_(values.narrow(dim, position, stop - start))
+            position += stop - start
+
     def block(self, moment: Float[Tensor, "d d"]) -> Float[Tensor, "part part"]:
         """Its part of a second moment on its own side: of G for rows, of A for columns."""
         return taken(taken(moment, self.runs, 0), self.runs, 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -48,6 +49,15 @@ class Target:
         """W, dense."""
         matrix = weight_matrix(self.module)
         return self.part.of(matrix) if self.part else matrix
+
+    @torch.no_grad()
+    def write(self, values: Float[Tensor, "m n"]) -> None:
+        """Write W, in place."""
+        matrix = weight_matrix(self.module)
+        if self.part is None:
+            matrix.copy_(values)
+        else:
+            self.part.write(matrix, values)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -21,6 +21,7 @@ from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
 from rank_search.study.engine import READ_ONLY, WRITING, engine_kwargs, shown, storage_error, translated
 from rank_search.study.liveness import WorkerId
+from rank_search.study.mutation import rank_map_text
 from rank_search.study.samplers import SeededSampler
 from rank_search.study.space import GivenSeeds, Params, SearchSpace, Seed
 
@@ -59,6 +60,7 @@ class OptunaStudy:
         self._space = space
         self._seeds = seeds
         self._worker = str(WorkerId.current())
+        self._proposed: tuple[int, RankMap] | None = None
         self._rdb = _storage(url, skip_table_creation=True)
         self._storage = get_storage(self._rdb)
         with self._translated(), quiet():
@@ -66,7 +68,7 @@ class OptunaStudy:
                 storage=self._storage,
                 study_name=name,
                 directions=list(DIRECTIONS),
-                sampler=SeededSampler(search, len(seeds), self._sign),
+                sampler=SeededSampler(search, len(seeds), space, self._sign, self._keep),
                 load_if_exists=True,
             )
             self._id = self._storage.get_study_id_from_name(name)
@@ -148,6 +150,8 @@ class OptunaStudy:
             trial = self._study.ask(fixed_distributions=self._space.distributions)
             told = trial.user_attrs.get("rank_map")
             rank_map = None if told is None else RankMap(json.loads(told))
+            if self._proposed is not None and self._proposed[0] == trial.number:
+                rank_map = self._proposed[1]
             return Claim(trial.number, dict(trial.params), trial.user_attrs.get("source"), rank_map)
 
     def complete(self, number: int, values: tuple[float, float], attrs: Mapping[str, Any]) -> None:
@@ -186,6 +190,12 @@ class OptunaStudy:
         """Write who has claimed a trial, so that others know if this process dies over its sampling."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
         self._storage.set_trial_user_attr(trial_id, "worker", self._worker)
+
+    def _keep(self, trial: FrozenTrial, rank_map: RankMap) -> None:
+        """Write the rank map that a sampler proposes beside parameters that only stand near it."""
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
+        self._storage.set_trial_user_attr(trial_id, "rank_map", rank_map_text(rank_map))
+        self._proposed = trial.number, rank_map
 
     def _finish(
         self, number: int, state: TrialState, values: tuple[float, float] | None, attrs: Mapping[str, Any]

@@ -68,6 +68,7 @@ class StudyStatus:
         seconds: time spent in measured trials, all workers together.
         failures: number and reason of every failed trial.
         last_activity: when a trial last started or ended.
+        unit: what losses are a mean over.
     """
 
     name: str
@@ -81,6 +82,7 @@ class StudyStatus:
     seconds: float
     failures: tuple[tuple[int, str], ...]
     last_activity: datetime | None
+    unit: str = "token"
 
     @property
     def finished(self) -> int:

@@ -1,4 +1,4 @@
-"""Optuna's samplers by name, seeded trial by trial. No torch, except what Optuna's own GP sampler loads."""
+"""Samplers by name, seeded trial by trial. No torch, except what Optuna's own GP sampler loads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rank_search.errors import StudyFileError
+from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
+from rank_search.study.moves import Moves
+from rank_search.study.mutation import MutationSampler
+from rank_search.study.space import SearchSpace
 
 POPULATION = 16
-"""NSGA-II's population: Optuna's 50 would leave a study of 40 trials all random."""
+"""Population of the genetic samplers: Optuna's 50 would leave a study of 40 trials all random."""
 
 
 def check_sampler(search: SearchSpec) -> None:
@@ -24,8 +28,18 @@ def check_sampler(search: SearchSpec) -> None:
 
     Raises:
         StudyFileError: a Gaussian process without its library, or over one whole number a layer, where its
-            coordinate search takes minutes to hours a trial.
+            coordinate search takes minutes to hours a trial; mutation over anything but rank maps; a number of depth
+            buckets for a space that has none.
     """
+    if search.sampler == "mutation" and search.space != "direct":
+        raise StudyFileError(
+            f"search.sampler = 'mutation' changes whole rank maps, not the numbers of search.space = {search.space!r}; "
+            "take space = 'direct', or sampler = 'tpe'"
+        )
+    if search.depth_buckets is not None and search.space != "groups":
+        raise StudyFileError(
+            f"search.depth_buckets goes with search.space = 'groups', not with {search.space!r}; leave it out"
+        )
     if search.sampler == "gp" and search.space == "direct":
         raise StudyFileError(
             "search.sampler = 'gp' needs minutes to hours a trial with search.space = 'direct'; "
@@ -48,7 +62,7 @@ def require_scipy(what: str) -> None:
 
 
 class SeededSampler(BaseSampler):
-    """One of Optuna's samplers, made afresh for every trial from the study's seed and the trial's number.
+    """One of the samplers, made afresh for every trial from the study's seed and the trial's number.
 
     So a proposal depends on the seed, its number and the trials before it, and on nothing in a process's memory:
     one worker with a fixed seed repeats a study trial by trial, a resumed study goes on as if it had not stopped
@@ -57,12 +71,24 @@ class SeededSampler(BaseSampler):
     Args:
         search: names the sampler and the seed.
         seeds: how many seed trials run first.
-        on_start: told the trial's number as soon as it is claimed, before anything is sampled.
+        space: what is sampled.
+        on_start: told the trial as soon as it is claimed, before anything is sampled.
+        keep: told the trial and its rank map, where the sampler proposes rank maps rather than parameters.
     """
 
-    def __init__(self, search: SearchSpec, seeds: int, on_start: Callable[[FrozenTrial], None]) -> None:
+    def __init__(
+        self,
+        search: SearchSpec,
+        seeds: int,
+        space: SearchSpace,
+        on_start: Callable[[FrozenTrial], None],
+        keep: Callable[[FrozenTrial, RankMap], None],
+    ) -> None:
         check_sampler(search)
         self._search = search
+        self._space = space
+        self._moves = Moves(space.allocator)
+        self._keep = keep
         self._seeds = seeds
         self._on_start = on_start
         self._inner = self._make(0)
@@ -72,7 +98,7 @@ class SeededSampler(BaseSampler):
         self._on_start(trial)
         self._inner = self._make(trial.number)
         self._inner.before_trial(study, trial)
-        if isinstance(self._inner, NSGAIISampler) and "fixed_params" in trial.system_attrs:
+        if isinstance(self._inner, NSGAIISampler | NSGAIIISampler) and "fixed_params" in trial.system_attrs:
             # Optuna gives a trial its generation when it samples for it, which it never does for a seed; without
             # one the seeds would have no children.
             self.sample_relative(study, trial, self.infer_relative_search_space(study, trial))
@@ -108,7 +134,13 @@ class SeededSampler(BaseSampler):
                 return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
             case "nsga2":
                 return NSGAIISampler(population_size=POPULATION, seed=seed)
+            case "nsga3":
+                return NSGAIIISampler(population_size=POPULATION, seed=seed)
             case "gp":
                 return GPSampler(n_startup_trials=startup, seed=seed)
             case "random":
                 return RandomSampler(seed=seed)
+            case "mutation":
+                return MutationSampler(
+                    self._space.allocator, self._moves, self._space.distributions, seed, keep=self._keep
+                )

@@ -37,11 +37,11 @@ def ensure_schema(engine: Engine) -> None:
         StorageError: the database cannot be reached or written, or is of an unknown newer version.
     """
     with translated(engine.url):
-        if _version(engine) == _head():
+        if _version(engine) == head():
             return
         with exclusive(engine):
             version = _version(engine)
-            if version == _head():
+            if version == head():
                 return
             _refuse_unknown(engine, version)
             # Optuna is imported here because readers of the schema must not load it.
@@ -51,7 +51,7 @@ def ensure_schema(engine: Engine) -> None:
                 _use_write_ahead_log(engine)
             create_optuna_tables(engine.url)
             with engine.begin() as connection:
-                command.upgrade(_config(connection), "head")
+                command.upgrade(alembic_config(connection), "head")
 
 
 def has_schema(engine: Engine) -> bool:
@@ -78,10 +78,10 @@ def check_schema(engine: Engine) -> None:
     if version is None:
         raise StorageError(f"database {shown(engine.url)} holds no rank-search study; check --storage or run one")
     _refuse_unknown(engine, version)
-    if version != _head():
+    if version != head():
         raise StorageError(
-            f"database {shown(engine.url)} has schema version {version}, older than {_head()}; "
-            "`rank-search run` of one of its studies upgrades it"
+            f"database {shown(engine.url)} has schema version {version}, older than {head()}; "
+            "`rank-search db upgrade` brings it up to date"
         )
 
 
@@ -157,22 +157,62 @@ def _version(engine: Engine) -> str | None:
         return context.get_current_revision()
 
 
-def _head() -> str:
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None  # the package holds its migrations
-    return head
+def head() -> str:
+    """The version of the project's tables that this rank-search writes."""
+    newest = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    assert newest is not None  # the package holds its migrations
+    return newest
+
+
+def _known() -> set[str]:
+    return {revision.revision for revision in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
 
 
 def _refuse_unknown(engine: Engine, version: str | None) -> None:
-    known = {revision.revision for revision in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if version is not None and version not in known:
+    if version is not None and version not in _known():
         raise StorageError(
             f"database {shown(engine.url)} has schema version {version}, newer than this rank-search knows "
-            f"({_head()}); upgrade rank-search"
+            f"({head()}); upgrade rank-search"
         )
 
 
-def _config(connection: Connection | None = None) -> Config:
+def make_empty(engine: Engine, version: str) -> bool:
+    """Make all tables in a database of the caller's own, the project's at ``version``; False if it is not known.
+
+    Raises:
+        StorageError: the database cannot be written.
+    """
+    from rank_search.study.optuna_study import create_optuna_tables
+
+    if version not in _known():
+        return False
+    create_optuna_tables(engine.url)
+    with translated(engine.url), engine.begin() as connection:
+        command.upgrade(alembic_config(connection), version)
+    return True
+
+
+def migrations(before: str | None, after: str | None) -> tuple[tuple[str, str], ...]:
+    """Version and purpose of every migration that leads from one version to another, the first one first."""
+    if before == after:
+        return ()
+    script = ScriptDirectory.from_config(alembic_config())
+    found = [(step.revision, step.doc) for step in script.iterate_revisions(after or "head", before or "base")]
+    return tuple(reversed(found))
+
+
+def version_of(engine: Engine) -> str | None:
+    """The version of the project's tables, None where there are none; writes nothing.
+
+    Raises:
+        StorageError: the database cannot be reached.
+    """
+    with translated(engine.url):
+        return _version(engine)
+
+
+def alembic_config(connection: Connection | None = None) -> Config:
+    """Alembic's settings for the project's migrations, on a connection that is in a transaction."""
     config = Config()
     folder = Path(__file__).parent / "migrations"
     config.set_main_option("script_location", str(folder).replace("%", "%%"))

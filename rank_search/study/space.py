@@ -1,19 +1,23 @@
-"""The two search spaces: what a sampler chooses, and which rank map that means. No torch."""
+"""The search spaces: what a sampler chooses, and which rank map that means. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
-from rank_search.allocation import Allocator
+from rank_search.allocation import Allocator, Floats
 from rank_search.errors import BudgetError, RankMapError, StudyFileError
 from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.spec import Allocation, SearchSpec
+
+DEPTH_BUCKETS = 4
+"""Of the space ``groups``, where the study file names no number."""
 
 _BLENDS = 10
 """Steps of uniformity among which a given rank map's nearest is looked for."""
@@ -65,6 +69,10 @@ class SearchSpace(Protocol):
     """What a sampler chooses. Every choice within the distributions decodes to a rank map."""
 
     @property
+    def allocator(self) -> Allocator:
+        """The closed form that the space is built on."""
+
+    @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Parameter name → the values it may take."""
 
@@ -85,7 +93,7 @@ def check_range(search: SearchSpec, space: RankSpace) -> None:
         BudgetError: a kept fraction below what the smallest ranks need.
         StudyFileError: a ladder that leaves the range.
     """
-    if search.space == "multipliers":
+    if not _is_whole_numbers(search):
         _kept_range(search, space)
     for kept in search.ladder:
         space.budget(kept)
@@ -98,50 +106,74 @@ def make_space(search: SearchSpec, allocator: Allocator) -> SearchSpace:
         BudgetError: no kept fraction of the study's range can be met.
         StudyFileError: a ladder that leaves the range.
     """
-    if search.space == "direct":
+    if _is_whole_numbers(search):
         return DirectSpace(allocator)
     return MultiplierSpace(search, allocator)
 
 
+def _is_whole_numbers(search: SearchSpec) -> bool:
+    """Mutation hands whole rank maps over beside the parameters, which then need no number for every layer."""
+    return search.space == "direct" and search.sampler != "mutation"
+
+
+def _terms(search: SearchSpec, shapes: Sequence[LayerShape]) -> dict[str, Floats]:
+    """Name of every multiplier → what it adds to the u of each layer at 1. Terms that would scale all layers alike
+    change nothing and are left out."""
+    if search.space == "direct":
+        return {}
+    depths = {shape.depth for shape in shapes}
+    first, last = min(depths), max(depths)
+    types = sorted({shape.group for shape in shapes})
+    if search.space == "groups":
+        buckets = min(search.depth_buckets or DEPTH_BUCKETS, last - first + 1)
+        places = [(shape.group, (shape.depth - first) * buckets // (last - first + 1)) for shape in shapes]
+        found = {f"u.{type_}.{bucket}": (type_, bucket) for type_, bucket in sorted(set(places))}
+        terms = {name: np.array([float(place == at) for at in places]) for name, place in found.items()}
+        return terms if len(terms) > 1 else {}
+    terms = {}
+    if len(types) > 1:
+        terms = {f"u.{type_}": np.array([float(shape.group == type_) for shape in shapes]) for type_ in types}
+    x = np.array([2 * (shape.depth - first) / max(1, last - first) - 1 for shape in shapes])
+    polynomials = {"u.depth.linear": x, "u.depth.quadratic": (3 * x * x - 1) / 2}
+    return terms | dict(list(polynomials.items())[: len(depths) - 1])
+
+
 class MultiplierSpace:
-    """The budget, and multipliers u by layer type and depth around the closed form.
+    """The budget, and multipliers u of groups of layers around the closed form.
 
     ``kept`` is the kept fraction of the target layers and ``uniformity`` goes from the closed form (0) to uniform
     (1); its cube is what rank maps are blended by, so that half of all proposals lie within an eighth of the way from
-    the closed form, which is the far better end. A layer's predicted rise is scaled by exp(u) before allocation; its
-    u is the sum of ``u.<group>`` of its layer type, and of ``u.depth.linear`` and ``u.depth.quadratic`` times the
-    Legendre polynomials P1(x) = x and P2(x) = (3x² - 1) / 2 of its depth x, scaled to [-1, 1] over the model. Terms
-    that would scale all layers alike change nothing and are left out: a single layer type's, the linear one at a
-    single depth, the quadratic one at fewer
-    than three.
+    the closed form, which is the far better end. A layer's predicted rise is scaled by exp(u) before allocation.
+
+    In the space ``multipliers`` a layer's u is the sum of ``u.<type>`` of its layer type, and of ``u.depth.linear``
+    and ``u.depth.quadratic`` times the Legendre polynomials P1(x) = x and P2(x) = (3x² - 1) / 2 of its depth x, scaled
+    to [-1, 1] over the model; a single depth has no linear term, fewer than three no quadratic one. In ``groups`` it is
+    ``u.<type>.<bucket>``, where the model's blocks are cut into as many buckets of about equal depth as
+    ``depth_buckets`` says. Where there are no multipliers, rank maps stand near the blends of closed form and uniform.
     """
 
     def __init__(self, search: SearchSpec, allocator: Allocator) -> None:
         self._search = search
-        self._allocator = allocator
+        self.allocator = allocator
         self._kept = _kept_range(search, allocator.space)
-        shapes = allocator.space.shapes
-        groups = sorted({shape.group for shape in shapes})
-        self._groups = groups if len(groups) > 1 else []
-        depths = {shape.depth for shape in shapes}
-        self._shallow, self._deep = min(depths), max(depths)
-        self._depth_terms = ["u.depth.linear", "u.depth.quadratic"][: max(0, len(depths) - 1)]
+        self._terms = _terms(search, allocator.space.shapes)
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """``kept``, ``uniformity`` and the multipliers."""
         reach = self._search.multiplier_range
-        names = [*(f"u.{group}" for group in self._groups), *self._depth_terms]
         return {
             "kept": FloatDistribution(*self._kept),
             "uniformity": FloatDistribution(0.0, 1.0),
-            **{name: FloatDistribution(-reach, reach) for name in names},
+            **{name: FloatDistribution(-reach, reach) for name in self._terms},
         }
 
     def decode(self, params: Mapping[str, float]) -> RankMap:
         """Allocate the budget under the multipliers."""
-        multipliers = {shape.name: self._multiplier(shape, params) for shape in self._allocator.space.shapes}
-        return self._allocator.blend(params["kept"], params["uniformity"] ** 3, multipliers)
+        shapes = self.allocator.space.shapes
+        total = sum((params[name] * term for name, term in self._terms.items()), np.zeros(len(shapes)))
+        multipliers = {shape.name: float(u) for shape, u in zip(shapes, total, strict=True)}
+        return self.allocator.blend(params["kept"], params["uniformity"] ** 3, multipliers)
 
     def encode(self, seed: Seed) -> Params:
         """All multipliers zero: exactly the seed's rank map."""
@@ -149,26 +181,19 @@ class MultiplierSpace:
         return {**zeros, "kept": seed.kept, "uniformity": float(seed.allocation == "uniform")}
 
     def nearest(self, kept: float, rank_map: RankMap) -> Params:
-        """The same kept fraction, all multipliers zero, and of a few blends with uniform the one that differs by the
-        fewest parameters, layer by layer."""
-        zeros = dict.fromkeys(self.distributions, 0.0)
+        """The same kept fraction (or the nearest of the study's range), all multipliers zero, and of a few blends with
+        uniform the one that differs by the fewest parameters, layer by layer."""
+        zeros, (low, high) = dict.fromkeys(self.distributions, 0.0), self._kept
+        kept = min(max(kept, low), high)
         blends = [{**zeros, "kept": kept, "uniformity": step / _BLENDS} for step in range(_BLENDS + 1)]
         return min(blends, key=lambda params: self._distance(self.decode(params), rank_map))
 
     def _distance(self, one: RankMap, other: RankMap) -> int:
-        space = self._allocator.space
+        space = self.allocator.space
         return sum(
             abs(shape.params(one.get(shape.name), space.storage) - shape.params(other.get(shape.name), space.storage))
             for shape in space.shapes
         )
-
-    def _multiplier(self, shape: LayerShape, params: Mapping[str, float]) -> float:
-        u = params[f"u.{shape.group}"] if self._groups else 0.0
-        if self._depth_terms:
-            x = 2 * (shape.depth - self._shallow) / (self._deep - self._shallow) - 1
-            for name, polynomial in zip(self._depth_terms, (x, (3 * x * x - 1) / 2), strict=False):
-                u += params[name] * polynomial
-        return u
 
 
 class DirectSpace:
@@ -178,7 +203,7 @@ class DirectSpace:
     """
 
     def __init__(self, allocator: Allocator) -> None:
-        self._allocator = allocator
+        self.allocator = allocator
         space = allocator.space
         self._ranks = {shape.name: space.ranks(shape) for shape in space.shapes if space.ranks(shape)}
 
@@ -194,7 +219,7 @@ class DirectSpace:
 
     def encode(self, seed: Seed) -> Params:
         """The indices of the seed's ranks."""
-        return self.encode_map(seed.rank_map(self._allocator))
+        return self.encode_map(seed.rank_map(self.allocator))
 
     def nearest(self, kept: float, rank_map: RankMap) -> Params:
         """The indices of its ranks, exactly."""

@@ -19,7 +19,7 @@ from rank_search.errors import StorageError
 from rank_search.front import Front, FrontPoint
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import RankMap
-from rank_search.spec import StudySpec, parse_study
+from rank_search.spec import LOSS_UNITS, StudySpec, parse_study
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
 from rank_search.study.facts import StudyFacts
 from rank_search.study.records import State, StudyRecord, StudyStatus, TrialRecord
@@ -127,7 +127,7 @@ class StudyStore:
         """How far a study is."""
         with self._read() as session:
             study = self._study_row(session, name)
-            counts = _counts(session, study)
+            spec, counts = _spec(study), _counts(session, study)
             mine = TrialRow.study_id == study.id
             spent = TrialRow.swap_seconds + TrialRow.finetune_seconds + TrialRow.score_seconds
             failures: Select[int, str | None] = (
@@ -138,7 +138,7 @@ class StudyStore:
             ).one()
             return StudyStatus(
                 name=name,
-                wanted=_spec(study).search.trials,
+                wanted=spec.search.trials,
                 running=counts.get(State.RUNNING, 0),
                 complete=counts.get(State.COMPLETE, 0),
                 failed=counts.get(State.FAILED, 0),
@@ -148,6 +148,7 @@ class StudyStore:
                 seconds=float(session.scalar(select(func.sum(spent)).where(mine)) or 0.0),
                 failures=tuple((number, reason or "") for number, reason in session.execute(failures)),
                 last_activity=max((at for at in (started, finished) if at is not None), default=None),
+                unit=LOSS_UNITS[spec.model.task],
             )
 
     # Writing

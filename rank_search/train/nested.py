@@ -7,6 +7,7 @@ trained in every step and those of large ranks in few (after slimmable networks:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,11 +28,19 @@ from rank_search.task import Examples
 from rank_search.train.finetune import Group, train_steps
 
 
-def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int], RankMap]:
-    """The rank map of every step: in turn the closed form at the study's smallest and largest kept fraction and two
-    that the search might propose."""
-    least = allocator.space.min_params / allocator.space.dense_params
-    low, high = max(search.min_kept, least), search.max_kept
+def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
+    """Ranges of kept fractions of equal width, ascending; none reaches below ``least``, that of the smallest ranks."""
+    low = max(search.min_kept, least)
+    ends = np.linspace(low, max(search.max_kept, low), count + 1).tolist()
+    return list(pairwise(ends))
+
+
+def sampled_rank_maps(
+    allocator: Allocator, search: SearchSpec, kept_range: tuple[float, float]
+) -> Callable[[int], RankMap]:
+    """The rank map of every step: in turn the closed form at the range's smallest and largest kept fraction and two
+    that the search might propose between them."""
+    low, high = kept_range
     groups = sorted({shape.group for shape in allocator.space.shapes})
 
     def draw(index: int) -> RankMap:
@@ -46,29 +55,39 @@ def sampled_rank_maps(allocator: Allocator, search: SearchSpec) -> Callable[[int
 
 
 class NestedLinear(nn.Module):
-    """All factors of one target layer, of which the first ``rank`` are used; a rank of -1 is the dense layer.
+    """The factors of one target layer, of which the first ``rank`` are used; a rank of -1 is the dense layer.
 
     The rank is a tensor that the layer reads in every forward pass, and all factors are multiplied whatever it says:
     the work never changes, so that on a GPU a step can be recorded (``masked``). On a CPU, which gains nothing from
     that, the factors are sliced. Both give the same sums of the same products.
+
+    Args:
+        largest: the largest rank that will be asked for; factors beyond it are left out.
+        ever_dense: whether the dense layer will be asked for.
     """
 
-    def __init__(self, target: Target, factors: Factors, rank: Int[Tensor, ""], *, masked: bool) -> None:
+    def __init__(
+        self, target: Target, factors: Factors, rank: Int[Tensor, ""], *, masked: bool, largest: int, ever_dense: bool
+    ) -> None:
         super().__init__()
         weight = target.matrix
-        aligned = aligned_rank(len(factors.inn), weight.device)
-        self.out = nn.Parameter(padded(factors.out.to(weight.device, weight.dtype, copy=True), aligned))
-        self.inn = nn.Parameter(padded(factors.inn.to(weight.device, weight.dtype, copy=True), aligned))
+        aligned = aligned_rank(largest, weight.device)
+        out, inn = (part[:largest].to(weight.device, weight.dtype, copy=True) for part in (factors.out, factors.inn))
+        self.out = nn.Parameter(padded(out, aligned))
+        self.inn = nn.Parameter(padded(inn, aligned))
         self._rank = rank
         self._masked = masked
+        self._largest = largest
+        self._ever_dense = ever_dense
         self._index = torch.arange(aligned, device=weight.device)
         # Not registered: they are the dense model's.
         self._dense = (weight, target.bias)
 
     def trained(self, before: Factors) -> Factors:
         """The factors as they are now; the singular values are those of ``before``."""
-        rank = len(before.inn)
-        out, inn = (tensor.detach()[:rank].float().cpu() for tensor in (self.out, self.inn))
+        out, inn = before.out.clone(), before.inn.clone()
+        out[: self._largest] = self.out.detach()[: self._largest].float().cpu()
+        inn[: self._largest] = self.inn.detach()[: self._largest].float().cpu()
         return Factors(out, inn, before.sigma)
 
     @property
@@ -87,6 +106,8 @@ class NestedLinear(nn.Module):
             return F.linear(F.linear(x, self.inn[:rank]), self.out[:rank].T, bias)
         inner = F.linear(x, self.inn)
         low_rank = F.linear(inner * (self._index < self._rank).to(inner.dtype), self.out.T, bias)
+        if not self._ever_dense:
+            return low_rank
         dense = F.linear(x, weight)
         return low_rank + dense * (self._rank < 0).to(dense.dtype)
 
@@ -102,7 +123,9 @@ def nested_finetune(
     seed: int,
     progress: Progress = SILENT,
 ) -> dict[str, Factors]:
-    """Train all factors for ``spec.nested_steps`` steps, each under the rank map of its index.
+    """Train the factors for ``spec.nested_steps`` steps, each under the rank map of its index.
+
+    Factors that none of the rank maps asks for come back as they are.
 
     The model is the same dense model afterwards. Singular values are handed through: predicted rises stay those of the
     untrained factors.
@@ -112,14 +135,20 @@ def nested_finetune(
     """
     steps = spec.nested_steps
     device = next(model.parameters()).device
-    # All at once: one copy to the device, none in the loop.
-    ranks = torch.tensor([_ranks(rank_maps(index), targets) for index in range(steps)]).to(device)
+    wanted = torch.tensor([_ranks(rank_maps(index), targets) for index in range(steps)])
+    ranks = wanted.to(device)  # all at once: one copy to the device, none in the loop
     now = ranks[0].clone()
-    masked = device.type == "cuda"
     layers = {
-        target.name: NestedLinear(target, factors[target.name], rank, masked=masked)
-        for target, rank in zip(targets, now, strict=True)
+        target.name: NestedLinear(
+            target, factors[target.name], rank, masked=device.type == "cuda", largest=largest, ever_dense=least < 0
+        )
+        for target, rank, largest, least in zip(
+            targets, now, wanted.amax(0).tolist(), wanted.amin(0).tolist(), strict=True
+        )
+        if largest > 0
     }
+    if not layers:
+        return dict(factors)
     trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     place(targets, layers)
     try:
@@ -134,7 +163,9 @@ def nested_finetune(
         raise NonFiniteLossError(
             f"the nested fine-tune's loss was not finite in {worst} of {steps} steps; lower finetune.learning_rate"
         )
-    return {name: layer.trained(factors[name]) for name, layer in layers.items()}
+    return {
+        name: layers[name].trained(untrained) if name in layers else untrained for name, untrained in factors.items()
+    }
 
 
 def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:

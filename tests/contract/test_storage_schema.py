@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 
 from rank_search.errors import StorageError, StudyMismatchError
 from rank_search.study.engine import make_engine
-from rank_search.study.schema import VERSION_TABLE, ensure_schema
+from rank_search.study.schema import VERSION_TABLE, alembic_config, ensure_schema
 from rank_search.study.store import StudyStore
 from rank_search.study.tables import Base
 from tests.contract.conftest import Postgres
-from tests.contract.synthetic import open_study, worker_measures
+from tests.contract.synthetic import measure, open_study, worker_measures
 
 
 def test_eight_processes_on_an_empty_database_make_one_study(empty_storage: str, processes: ForkServerContext) -> None:
@@ -93,3 +95,27 @@ def _execute(storage: str, statement: str) -> None:
     with engine.begin() as connection:
         connection.execute(text(statement))
     engine.dispose()
+
+
+def test_a_database_of_the_version_before_metrics_is_upgraded_and_read(storage: str) -> None:
+    study = open_study(storage)
+    proposal = study.ask()
+    study.tell(proposal, replace(measure(proposal.rank_map), metrics={"accuracy": 0.5}, fold_losses=(1.0, 2.0)))
+    study.set_dense_loss(1.5, {"accuracy": 0.75})
+    study.close()
+    with StudyStore(storage) as store:
+        assert store.study("tiny").dense_metrics == {"accuracy": 0.75}
+        stored = store.trials("tiny")[0].measurement
+        assert stored is not None
+        assert (stored.metrics, stored.fold_losses) == ({"accuracy": 0.5}, (1.0, 2.0))
+        assert store.front("tiny")[0].measurement == stored
+    engine = make_engine(storage)
+    with engine.begin() as connection:
+        command.downgrade(alembic_config(connection), "0001")
+    with pytest.raises(StorageError, match=r"has schema version 0001, older than \d+"):
+        StudyStore(storage)
+    ensure_schema(engine)
+    engine.dispose()
+    with StudyStore(storage) as store:
+        assert store.study("tiny").dense_metrics == {}
+        assert store.trials("tiny")[0].measurement == replace(stored, metrics={}, fold_losses=())

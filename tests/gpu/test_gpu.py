@@ -14,13 +14,13 @@ from rank_search.factors.statistics import collect_statistics
 from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
-from rank_search.spec import TargetSpec, load_study_file
+from rank_search.spec import FinetuneSpec, TargetSpec, load_study_file
 from rank_search.task import Examples
 from rank_search.train.capture import Batch, CapturedStep
 from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
-from tests.data import models
+from tests.data import families, models
 
 pytestmark = pytest.mark.gpu
 
@@ -132,3 +132,18 @@ def test_a_step_that_cannot_be_recorded_is_run_as_usual() -> None:
     losses = [float(step({"x": torch.ones(1, device="cuda")})) for _ in range(6)]
     assert len(reasons) == 1
     assert losses == [3 * 0.5**k for k in range(1, 7)]
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_recorded_steps_of_other_tasks_train_as_steps_run_one_by_one(family: str) -> None:
+    given = families.examples(family, 32)
+    mask = torch.ones_like(given.tensors["attention_mask"])
+    mask[::2, -4:] = 0  # padding, which a step must not look at
+    examples = Examples(given.task, {**given.tensors, "attention_mask": mask})
+    spec = FinetuneSpec(steps=12, batch_blocks=8, train="all")
+    losses = []
+    for capture in (False, True):
+        model = families.trained(family)
+        nn.Module.to(model, "cuda")
+        losses.append(torch.tensor(finetune(model, [], examples, spec, seed=0, capture=capture).losses))
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)

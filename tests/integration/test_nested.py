@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ import rank_search as rs
 from rank_search.errors import NonFiniteLossError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
-from rank_search.spec import FinetuneSpec, load_study_file
-from rank_search.train.nested import NestedLinear, sampled_rank_maps
+from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
+from rank_search.train.nested import NestedLinear, kept_ranges, nested_finetune, sampled_rank_maps
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 
-NESTED = {"mode": "nested", "nested_steps": 40, "steps": 0, "learning_rate": 5e-3}
+NESTED = {"mode": "nested", "nested_steps": 30, "nested_ranges": 2, "steps": 0, "learning_rate": 1e-2}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_a_nested_layer_is_the_slice_of_its_rank(prepared: Prepared, masked: boo
     for target in prepared.targets:
         factors = prepared.bank[target.name]
         rank = torch.tensor(-1)
-        layer = NestedLinear(target, factors, rank, masked=masked)
+        layer = NestedLinear(target, factors, rank, masked=masked, largest=9, ever_dense=True)
         inputs = x[..., : target.shape.n]
         with torch.no_grad():
             torch.testing.assert_close(layer(inputs), target.module(inputs), rtol=1e-5, atol=1e-6)
@@ -44,10 +45,14 @@ def test_masking_trains_as_slicing_does(prepared: Prepared) -> None:
     target = prepared.targets[0]
     gradients = []
     for masked in (False, True):
-        layer = NestedLinear(target, prepared.bank[target.name], torch.tensor(5), masked=masked)
+        layer = NestedLinear(
+            target, prepared.bank[target.name], torch.tensor(5), masked=masked, largest=8, ever_dense=False
+        )
         layer(x[..., : target.shape.n]).square().sum().backward()
-        assert layer.out.grad is not None and layer.inn.grad is not None
-        assert not layer.out.grad[5:].any() and not layer.inn.grad[5:].any()
+        assert layer.out.grad is not None
+        assert layer.inn.grad is not None
+        assert not layer.out.grad[5:].any()
+        assert not layer.inn.grad[5:].any()
         gradients.append((layer.out.grad, layer.inn.grad))
     for sliced, zeroed in zip(*gradients, strict=True):
         torch.testing.assert_close(sliced, zeroed, rtol=1e-4, atol=1e-6)
@@ -70,9 +75,10 @@ def test_the_dense_model_and_the_predicted_rises_stay(tiny_study: StudyFactory) 
     after = prepare(load_study_file(path))
     assert all(torch.equal(weights[name], tensor) for name, tensor in after.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in after.model.parameters())
-    for name, tail in before.bank.tails().items():
-        assert (after.trial_bank.tails()[name] == tail).all()
-    assert after.trial_bank.path != after.bank.path
+    for bank in after.trial_banks.banks:
+        for name, tail in before.bank.tails().items():
+            assert (bank.tails()[name] == tail).all()
+    assert len({bank.path for bank in (after.bank, *after.trial_banks.banks)}) == 3
 
 
 def test_it_is_made_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,29 +86,71 @@ def test_it_is_made_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("trained again")
 
     monkeypatch.setattr("rank_search.preparing.nested_finetune", again)
-    assert prepare(prepared.study).trial_bank.path == prepared.trial_bank.path
+    assert prepare(prepared.study).trial_banks.digest == prepared.trial_banks.digest
 
 
 def test_another_learning_rate_is_another_bank_and_own_steps_are_not(
     prepared: Prepared, tiny_study: StudyFactory
 ) -> None:
     other = prepare(load_study_file(tiny_study(finetune=NESTED | {"learning_rate": 1e-3})))
-    assert other.trial_bank.path != prepared.trial_bank.path
+    assert other.trial_banks.digest != prepared.trial_banks.digest
     own = prepare(load_study_file(tiny_study(finetune=NESTED | {"steps": 2})))
-    assert own.trial_bank.path == prepared.trial_bank.path
+    assert own.trial_banks.digest == prepared.trial_banks.digest
     assert Evaluator(own).measure(own.allocator.closed_form(0.5)).fidelity == Fidelity.TUNED
 
 
 def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
-    draw = sampled_rank_maps(prepared.allocator, prepared.spec.search)
+    draw = sampled_rank_maps(prepared.allocator, prepared.spec.search, (0.4, 0.6))
     space = prepared.space
     kept = [space.kept_of_targets(draw(index)) for index in range(40)]
-    low, high = prepared.spec.search.min_kept, prepared.spec.search.max_kept
-    assert kept[0] == pytest.approx(low, abs=0.02)
-    assert kept[2] == pytest.approx(high, abs=0.02)
-    assert max(kept) <= high
+    assert kept[0] == pytest.approx(0.4, abs=0.02)
+    assert kept[2] == pytest.approx(0.6, abs=0.02)
+    assert max(kept) <= 0.6
     assert len({draw(index).digest for index in range(40)}) == 22
     assert draw(7) == draw(7)
+
+
+def test_ranges_meet_and_cover_what_the_study_proposes() -> None:
+    search = SearchSpec(min_kept=0.3, max_kept=0.9)
+    ranges = kept_ranges(search, 3, least=0.1)
+    assert ranges == [pytest.approx((0.3, 0.5)), pytest.approx((0.5, 0.7)), pytest.approx((0.7, 0.9))]
+    assert kept_ranges(search, 2, least=0.5)[0] == pytest.approx((0.5, 0.7))
+
+
+def test_a_trial_slices_the_bank_of_its_range(prepared: Prepared) -> None:
+    low, high = prepared.trial_banks.banks
+    middle = (prepared.spec.search.min_kept + prepared.spec.search.max_kept) / 2
+    assert prepared.trial_banks.at(middle - 0.01) is low
+    assert prepared.trial_banks.at(middle + 0.01) is high
+    assert prepared.trial_banks.at(1.0) is high
+    assert prepared.trial_banks.at(0.01) is low
+
+
+def test_finished_ranges_outlast_an_interrupt(tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study_file(tiny_study(finetune=NESTED | {"learning_rate": 9e-3}))
+    made = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return nested_finetune(*args, **kwargs)
+
+    monkeypatch.setattr("rank_search.preparing.nested_finetune", once)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(study)
+    prepare(study)
+    assert len(made) == 3
+
+
+def test_factors_that_no_rank_map_asks_for_stay(prepared: Prepared) -> None:
+    low = prepared.trial_banks.at(0.01)
+    untouched = 0
+    for name in (target.name for target in prepared.targets):
+        same = (low[name].inn == prepared.bank[name].inn).all(1)
+        assert not same[0] or same.all()
+        untouched += int(same.sum())
+    assert untouched > 0
 
 
 def test_a_study_is_searched_exported_and_applied(tiny_study: StudyFactory, tmp_path: Path) -> None:
@@ -118,7 +166,7 @@ def test_a_study_is_searched_exported_and_applied(tiny_study: StudyFactory, tmp_
 def test_a_loss_that_is_not_finite_is_an_error(tiny_study: StudyFactory) -> None:
     path = tiny_study(finetune=NESTED | {"learning_rate": 1e30})
     with pytest.raises(
-        NonFiniteLossError, match=r"^the nested fine-tune's loss was not finite in \d+ of 40 steps; lower"
+        NonFiniteLossError, match=r"^the nested fine-tune's loss was not finite in \d+ of 30 steps; lower"
     ):
         prepare(load_study_file(path))
 

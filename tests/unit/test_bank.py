@@ -22,12 +22,13 @@ from rank_search.errors import BankError
 from rank_search.factors import bank as bank_module
 from rank_search.factors.bank import BankKey, FactorBank, bank_path, open_bank, open_or_build
 from rank_search.factors.decompose import Factors, decompose
-from rank_search.ranks import LayerShape
+from rank_search.ranks import LayerShape, RankSpace
 from rank_search.spec import FactorSpec
 from tests.data.matrices import weight
 
 SHAPES = (LayerShape("a", 12, 20), LayerShape("b", 32, 32), LayerShape("thin", 1, 8))
-KEY = BankKey.of(None, "weights", "calibration", FactorSpec(), "two-factor", SHAPES)
+SPACE = RankSpace(SHAPES, 10_000, "two-factor")
+KEY = BankKey.of(None, "weights", "calibration", FactorSpec(), SPACE)
 MADE = {"model": "tiny", "device": "cpu"}
 
 
@@ -86,7 +87,7 @@ def test_another_process_finds_it(tmp_path: Path, processes: ForkServerContext) 
     [
         {"revision": "abc"}, {"weights_digest": "other"}, {"calibration_digest": "other"}, {"method": "svd"},
         {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"tuned": "nested"},
-        {"format_version": 99},
+        {"anchor": "0.6"}, {"format_version": 99},
     ],
 )  # fmt: skip
 def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> None:
@@ -96,12 +97,12 @@ def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> N
 
 
 def test_every_field_of_the_key_is_tested_above() -> None:
-    assert len(fields(BankKey)) == 10
+    assert len(fields(BankKey)) == 11
 
 
 def test_plain_svd_shares_its_bank_between_calibrations() -> None:
     spec = FactorSpec(method="svd")
-    keys = {BankKey.of(None, "weights", calibration, spec, "two-factor", SHAPES) for calibration in ("a", "b")}
+    keys = {BankKey.of(None, "weights", calibration, spec, SPACE) for calibration in ("a", "b")}
     assert len(keys) == 1
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +178,23 @@ def test_rows_follow_the_front_with_its_own_numbers() -> None:
 
 
 def test_csv_and_json_say_the_same() -> None:
-    from_csv = list(csv.DictReader(io.StringIO(front_csv(FRONT))))
-    from_json = json.loads(front_json(FRONT))
+    first, *others = FRONT
+    measured = replace(first.measurement, metrics={"accuracy": 0.5, "f1": 0.25}, fold_losses=(3.0, 4.0))
+    points = [replace(first, measurement=measured), *others]
+    from_csv = list(csv.DictReader(io.StringIO(front_csv(points))))
+    from_json = json.loads(front_json(points))
     assert len(from_csv) == len(FRONT)
-    assert [{key: str(value) for key, value in row.items()} for row in from_json] == from_csv
+    assert from_json[0]["metrics"] == {"accuracy": 0.5, "f1": 0.25}
+    assert from_json[0]["fold_deviation"] == pytest.approx(math.sqrt(0.5))
+    for row in from_json:
+        row |= {"accuracy": None, "f1": None} | row.pop("metrics")
+    said = [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json]
+    assert said == from_csv
 
 
 def test_an_empty_front_is_a_heading_and_an_empty_array() -> None:
     assert front_csv([]) == (
-        "trial,source,num_params,kept_of_targets,kept_of_model,loss,standard_error,perplexity,fidelity\n"
+        "trial,source,num_params,kept_of_targets,kept_of_model,loss,standard_error,perplexity,fidelity,fold_deviation\n"
     )
     assert json.loads(front_json([])) == []
 

@@ -70,9 +70,8 @@ def test_examples_are_padded_ids_with_a_mask_and_the_models_own_labels(
     table = maker("sequence-classification", tokenizer, {"no": 1, "yes": 0}).evaluation(
         spec, tmp_path, tmp_path, None, SILENT
     )
-    found = {
-        tuple(ids): (int(sum(mask)), int(label[0])) for ids, mask, label in zip(*table.columns.values(), strict=True)
-    }
+    rows_of = zip(*table.columns.values(), strict=True)
+    found = {tuple(ids): (int(sum(mask)), int(label[0])) for ids, mask, label in rows_of}
     cls, sep, word = 1, 2, 5
     assert list(table.columns) == ["input_ids", "attention_mask", "labels"]
     assert found == {
@@ -205,9 +204,9 @@ def test_labels_are_numbered_as_the_model_does_else_in_order(
 @pytest.mark.parametrize(
     ("rows", "known", "message"),
     [
-        ([{"text": "w1", "label": "maybe"}], LABELS, "'label' of a.jsonl holds 'maybe', which is no class of the model; it"),
+        ([{"text": "w1", "label": "maybe"}], LABELS, "of a.jsonl holds 'maybe', which is no class of the model; it"),
         ([{"text": "w1", "label": 7}], {"LABEL_0": 0, "LABEL_1": 1}, "holds 7, but the model has classes 0 to 1; name"),
-        ([{"text": "w1", "label": "a"}], {"LABEL_0": 0, "LABEL_1": 1}, "holds 1 labels, but the model has 2 classes and"),
+        ([{"text": "w1", "label": "a"}], {"LABEL_0": 0, "LABEL_1": 1}, "holds 1 labels, but the model has 2 classes"),
         ([{"text": "w1"}], LABELS, "text a.jsonl has no column 'label'; its columns are text"),
         ([{"text": 5, "label": "no"}], LABELS, "a text column of a.jsonl holds int, not text; name a text column"),
         ([{"text": None, "label": "no"}], LABELS, "a.jsonl has no row with a text and an answer; name a table"),
@@ -233,7 +232,7 @@ def test_tables_that_cannot_serve_are_refused_in_one_line(tmp_path: Path, tokeni
         ({"train": train, "validation": same}, "71% of the rows of b.jsonl stand in a.jsonl; name another text"),
         (
             {"train": train, "train_blocks": 40},
-            r"has 40 examples, but 48 are needed \(4 calibration \+ 40 training \+ 4",
+            r"has 40 examples, but 48 are needed \(4 calibration \+ 40 train",
         ),
     ]
     for data, message in cases:
@@ -250,5 +249,22 @@ def test_tokenizers_without_what_a_task_needs_are_refused(tmp_path: Path, tokeni
         maker("masked-lm", bare, {})
     with pytest.raises(DataError, match="no padding token"):
         _splits(tmp_path, bare, train=_write(tmp_path / "a.jsonl", _rows(range(40))))
-    with pytest.raises(DataError, match="data.sequence_length 2 leaves no room beside special tokens"):
+    with pytest.raises(DataError, match=r"data.sequence_length 2 leaves no room beside special tokens"):
         _splits(tmp_path, tokenizer, "masked-lm", sequence_length=2)
+
+
+def test_names_of_classes_of_a_dataset_go_before_their_numbers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["yes", "no"])})
+    rows = {"text": ["w1", "w2", "w3"], "label": [0, 1, -1]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    spec = DataSpec(train="./set")
+    for known, expected in ((LABELS, {6: 1, 7: 0}), ({"LABEL_0": 0, "LABEL_1": 1}, {6: 0, 7: 1})):
+        table = maker("sequence-classification", tokenizer, known).evaluation(spec, tmp_path, tmp_path, None, SILENT)
+        words, found = table.columns["input_ids"][:, 1], table.columns["labels"][:, 0]
+        assert dict(zip(words.tolist(), found.tolist(), strict=True)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.data import models
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No network."""
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -58,14 +59,14 @@ class _Writer(nn.Module):
 
 
 def test_exact_match_is_of_texts_that_the_model_writes() -> None:
-    tokenizer = models.tokenizer()
+    tokenizer = copy.deepcopy(models.tokenizer())
+    tokenizer.pad_token = tokenizer.eos_token
     references = ["low rank", "front"]
     rows = [tokenizer(text)["input_ids"] for text in references]
     width = max(map(len, rows))
     labels = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in rows])
     batch = {"input_ids": labels.clamp(0), "attention_mask": torch.ones_like(labels), "labels": labels}
     writer = _Writer(["low rank", "back"])
-    tokenizer.pad_token = tokenizer.eos_token
     metrics = Metrics(["exact_match"], SEQ2SEQ_LM, tokenizer)
     metrics.observe(writer, batch, torch.zeros(2 * width, 3), labels.flatten(), torch.zeros(2 * width))
     assert metrics.values() == {"exact_match": 0.5}

@@ -325,3 +325,12 @@ def test_under_autocast_every_form_of_a_layer_gives_the_short_dtype(family: str)
         whole = find_targets(models.make(family), TargetSpec(layers="attention"))[0]
         low_rank = LowRankLinear.of(_of_rank_one((whole,))[whole.name], 1, whole)
         assert PivotedLinear.of(low_rank)(x).dtype == low_rank(x).dtype == torch.bfloat16
+
+
+def test_a_part_writes_what_it_reads() -> None:
+    matrix = torch.arange(24.0).reshape(6, 4)
+    part = Part("m", "q", "rows", ((0, 1), (4, 6)))
+    values = torch.full((3, 4), -1.0)
+    part.write(matrix, values)
+    assert torch.equal(part.of(matrix), values)
+    assert torch.equal(matrix[1:4], torch.arange(24.0).reshape(6, 4)[1:4])

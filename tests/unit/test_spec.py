@@ -113,7 +113,7 @@ def test_size_and_place_do_not_change_the_meaning() -> None:
     ("tables", "field"),
     [
         ({"factors": {"method": "svd"}}, 'factors.method = "svd", the file now says "kfac"'),
-        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0004"),
+        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0008"),
         ({"search": {"ladder": [0.5]}}, r"search.ladder = [0.5], the file now says [0.9, 0.8, 0.6, 0.4]"),
         ({"model": {"source": "other"}}, 'model.source = "other", the file now says "m"'),
         ({"targets": {"share": 0.5}}, "targets.share = 0.5, the file now says null"),
@@ -137,3 +137,32 @@ def test_a_spec_round_trips_through_json() -> None:
 def test_a_study_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         _parse().name = "other"
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"data": {"label_column": "x"}}, "data.label_column goes with model.task = 'sequence-classification', not"),
+        ({"data": {"pair_column": "x"}}, "data.pair_column goes with model.task = 'sequence-classification', not"),
+        ({"data": {"target_column": "x"}}, "data.target_column goes with model.task = 'seq2seq-lm', not"),
+        ({"validation": {"metrics": ["f1"]}}, "'f1' does not fit model.task = 'causal-lm'; it fits sequence-class"),
+        ({"validation": {"metrics": ["accuracy", "accuracy"]}}, "validation.metrics: name every metric once"),
+        ({"validation": {"metrics": ["bleu"]}}, "metric 'bleu' is none of accuracy, f1, exact_match, perplexity; set"),
+        ({"validation": {"metrics": ["../mine"]}}, "validation.metrics.0: String should match pattern"),
+        ({"validation": {"folds": 1}}, "validation.folds: Input should be greater than or equal to 2, not 1"),
+        ({"validation": {"folds": 3}, "data": {"validation": "v.txt"}}, "leave out data.validation, or validation.f"),
+        ({"validation": {"folds": 3}, "data": {"validation_blocks": 3}}, "leave out data.validation_blocks, or"),
+        ({"validation": {"folds": 3}, "data": {"train_blocks": 30}}, "leave out data.train_blocks, or validation.f"),
+        ({"validation": {"folds": 3}, "finetune": {"mode": "nested"}}, "validation.folds needs finetune.mode = 'own'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_in_one_line(tables: dict[str, object], message: str) -> None:
+    with pytest.raises(StudyFileError) as caught:
+        _parse(**tables)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_of_the_hub_need_trust() -> None:
+    spec = _parse(validation={"metrics": ["owner/bleu"], "trust_remote_code": True})
+    assert spec.validation.metrics == ("owner/bleu",)

@@ -107,10 +107,8 @@ def test_sources_and_targets_are_both_unpadded() -> None:
     labels = torch.tensor([[4, IGNORED], [4, 5], [6, IGNORED]])
     examples = Examples(SEQ2SEQ_LM, {"input_ids": mask * 9, "attention_mask": mask, "labels": labels})
     batches = list(examples.unpadded(8, CPU))
-    assert [(tuple(b["input_ids"].shape), tuple(b["labels"].shape)) for b in batches] == [
-        ((2, 2), (2, 1)),
-        ((1, 2), (1, 2)),
-    ]
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 2), (1, 2)]
+    assert [tuple(batch["labels"].shape) for batch in batches] == [(2, 1), (1, 2)]
     assert batches[0]["labels"].flatten().tolist() == [4, 6]
 
 
@@ -118,7 +116,7 @@ def test_sources_and_targets_are_both_unpadded() -> None:
 def test_the_loss_is_that_of_transformers(family: str) -> None:
     model, examples = families.trained(family), families.examples(family, 6)
     with torch.no_grad():
-        own = float(model(**examples.tensors).loss)
+        own = float(model(**{name: tensor.contiguous() for name, tensor in examples.tensors.items()}).loss)
     assert float(examples.task.loss(model, examples.tensors)) == pytest.approx(own, rel=1e-5)
     found = score(model, examples, batch_blocks=4)
     assert found.loss == pytest.approx(own, rel=1e-5)
