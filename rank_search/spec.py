@@ -14,19 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rank_search.errors import StudyFileError, StudyMismatchError
 from rank_search.ranks import Storage
+from rank_search.search_spec import STOP_KEYS, Fraction, Name, Positive, Seed, Table
+from rank_search.search_spec import Allocation as Allocation
+from rank_search.search_spec import SearchSpec as SearchSpec
 
 Method = Literal["kfac", "whitened", "asvd", "fwsvd", "svd"]
 Layers = Literal["linear", "attention", "query-value"]
 Granularity = Literal["matrix", "head"]
-Space = Literal["multipliers", "groups", "direct"]
 TaskName = Literal["causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm"]
-Sampler = Literal["tpe", "nsga2", "nsga3", "gp", "random", "mutation"]
-Allocation = Literal["closed-form", "uniform", "asvd", "svd-llm-v2", "zs-svd", "io-svd", "bolaco"]
-"""Rules from a budget to a rank map: the package's own two, and those of published methods."""
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Name = Annotated[str, Field(min_length=1)]
 MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")]
 
 METRICS: dict[str, tuple[TaskName, ...]] = {
@@ -51,20 +46,14 @@ LOSS_UNITS: dict[TaskName, str] = {
 }
 """What a task's loss is a mean over."""
 
-LEAST_REMOVED = 0.02
-"""Removed fraction that a scaled learning rate counts at least, so that no rank map goes untrained."""
+LEAST_REMOVED = 0.125
+"""Removed fraction that a scaled learning rate counts at least: below it, a lower rate only trains less."""
 
 PYTHON_DOCS = "python-docs"
 """Name of the text that every Python has: the language reference in ``pydoc_data.topics``."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelSpec(_Table):
+class ModelSpec(Table):
     """``[model]``: which pretrained model."""
 
     source: Name
@@ -77,7 +66,7 @@ class ModelSpec(_Table):
     """Allow a hub model or folder to run its own code."""
 
 
-class TargetSpec(_Table):
+class TargetSpec(Table):
     """``[targets]``: which weight matrices may be factorised."""
 
     layers: Layers = "linear"
@@ -97,9 +86,12 @@ class TargetSpec(_Table):
     """Which parameter count is the objective."""
     rank_multiple: Positive = 1
     """Allow only ranks that are multiples of this."""
+    frozen: dict[str, Positive | Literal["dense"]] = Field(default={})
+    """Patterns on names of target layers, each with the one rank that these may have, or `"dense"`; where several fit,
+    the last counts."""
 
 
-class DataSpec(_Table):
+class DataSpec(Table):
     """``[data]``: text, and how many blocks of it go where."""
 
     train: Name = PYTHON_DOCS
@@ -139,7 +131,7 @@ class DataSpec(_Table):
     """None: all."""
 
 
-class ValidationSpec(_Table):
+class ValidationSpec(Table):
     """``[validation]``: what a trial is measured by, beside the number of its parameters."""
 
     metrics: tuple[MetricName, ...] = ()
@@ -169,7 +161,7 @@ class ValidationSpec(_Table):
         return self
 
 
-class FactorSpec(_Table):
+class FactorSpec(Table):
     """``[factors]``: how the matrices are factorised."""
 
     method: Method = "kfac"
@@ -178,13 +170,13 @@ class FactorSpec(_Table):
     """Added to the diagonal of A and G, relative to its mean."""
     seed: Seed = 0
     """Of the labels that are sampled from the model's own output."""
-    anchor: Fraction | None = None
+    anchor: Fraction = 0.8
     """Take the statistics once more, on the model that the closed form makes at this kept fraction of the target
     layers, and decompose by the mean of both: layers then count as they do between the dense and the compressed model.
-    None: by the dense model's alone."""
+    1: by the dense model's alone."""
 
 
-class FinetuneSpec(_Table):
+class FinetuneSpec(Table):
     """``[finetune]``: the short fine-tune of a trial."""
 
     mode: Literal["own", "nested"] = "own"
@@ -237,52 +229,7 @@ class FinetuneSpec(_Table):
         return -(-self.tokens // (self.batch_blocks * sequence_length))
 
 
-class SearchSpec(_Table):
-    """``[search]``: the study's space, sampler and size."""
-
-    space: Space = "multipliers"
-    """A budget and multipliers by layer type and depth (`multipliers`) or for every layer type in every stretch of
-    blocks (`groups`), or one rank a layer (`direct`)."""
-    depth_buckets: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Stretches of blocks of the space `groups`; None: 4."""
-    sampler: Sampler = "tpe"
-    """Optuna's `tpe` (multivariate), `nsga2`, `nsga3`, `gp` (which needs the extra of that name) or `random`; or
-    `mutation`, which changes good rank maps by a few layers at a time and takes `space = "direct"`."""
-    trials: Positive = 40
-    """Finished trials of the whole study."""
-    seed: Seed = 0
-    """Of the sampler and of the fine-tunes' order of blocks."""
-    min_kept: Fraction = 0.3
-    """Smallest kept fraction of the target layers that is proposed."""
-    max_kept: Fraction = 0.95
-    """Largest kept fraction of the target layers that is proposed."""
-    ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
-    """Kept fractions of the target layers whose rank maps by all of `seeds` are measured first."""
-    seeds: tuple[Allocation, ...] = ("closed-form", "uniform")
-    """Allocations: the closed form, `uniform`, and the rules of published methods on the study's own factors. `asvd`
-    and `bolaco` score many rank maps for it, once a study; `bolaco` needs the `gp` extra."""
-    multiplier_range: Annotated[float, Field(gt=0, le=20)] = 0.5
-    """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
-
-    @field_validator("ladder", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _seeds_once(self) -> SearchSpec:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds ({', '.join(self.seeds)}) name an allocation twice")
-        return self
-
-    @model_validator(mode="after")
-    def _range(self) -> SearchSpec:
-        if self.min_kept >= self.max_kept:
-            raise ValueError(f"min_kept ({self.min_kept:g}) must be below max_kept ({self.max_kept:g})")
-        return self
-
-
-class RunSpec(_Table):
+class RunSpec(Table):
     """``[run]``: where and how it runs; nothing here changes what a measurement means."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,9})?)$")] = "auto"
@@ -295,7 +242,7 @@ class RunSpec(_Table):
     """CPU threads; None leaves torch's default."""
 
 
-class StudySpec(_Table):
+class StudySpec(Table):
     """A whole study file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -342,6 +289,17 @@ class StudySpec(_Table):
         return self
 
     @model_validator(mode="after")
+    def _fidelities_reach_the_top(self) -> StudySpec:
+        top = self.highest_fidelity
+        if self.search.fidelities is not None and self.search.fidelities[-1] != top:
+            told = "has steps of its own" if top == "tuned" else "has none"
+            raise ValueError(
+                f"search.fidelities ends with {self.search.fidelities[-1]!r}, but the fine-tune of a trial {told} "
+                f"(finetune.steps): let it end with {top!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_training(self) -> StudySpec:
         if self.data.train_blocks is not None and self.data.train_blocks < self.finetune.batch_blocks:
             raise ValueError(
@@ -351,11 +309,18 @@ class StudySpec(_Table):
         return self
 
     def meaning(self) -> dict[str, Any]:
-        """All that decides what a measurement means: everything but the study's size and where it runs."""
+        """All that decides what a measurement means and which are proposed: everything but when to stop and where it
+        runs."""
         tables = self.model_dump(mode="json")
         del tables["run"]
-        del tables["search"]["trials"]
+        for key in STOP_KEYS:
+            del tables["search"][key]
         return tables
+
+    @property
+    def highest_fidelity(self) -> Literal["sliced", "tuned"]:
+        """That of the front: ``tuned`` where trials have a fine-tune of their own."""
+        return "tuned" if self.finetune.steps_for(self.data.sequence_length) > 0 else "sliced"
 
     @property
     def digest(self) -> str:

@@ -45,8 +45,8 @@ class BankKey:
     seed: int
     storage: Storage
     layers: tuple[tuple[str, int, int], ...]
-    anchor: str = ""
-    """Of the compressed model that the statistics were taken on, too; empty for the dense model alone."""
+    anchor: float = 1.0
+    """Kept fraction of the compressed model that the statistics were taken on, too; 1 for the dense model alone."""
     tuned: str = ""
     """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
     format_version: int = FORMAT_VERSION
@@ -62,11 +62,10 @@ class BankKey:
     ) -> BankKey:
         """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
         blind = spec.method == "svd"
-        anchored = spec.anchor is not None and not blind
         return cls(
             revision, weights_digest, "" if blind else calibration_digest, _RECIPES.get(spec.method, spec.method),
             spec.damping, spec.seed, space.storage, tuple((shape.name, shape.m, shape.n) for shape in space.shapes),
-            anchor=f"{spec.anchor:g} in multiples of {space.multiple}" if anchored else "",
+            anchor=1.0 if blind else spec.anchor,
         )  # fmt: skip
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def build_factors(
 
     statistics = collect(spec.seed)
     started, collecting = time.perf_counter(), times.statistics
-    if spec.anchor is not None and (needs.inputs or needs.gradients):
+    if spec.anchor < 1 and (needs.inputs or needs.gradients):
         statistics = anchored(targets, statistics, spec, space, collect, progress=progress)
     # Popped: the statistics of a layer are freed as soon as its factors are there.
     factors = factors_of(targets, statistics.pop, spec, space.storage, progress=progress)
@@ -91,9 +91,9 @@ def anchored(
         DecompositionError: naming the layer.
         BudgetError: the anchor is below what the smallest ranks need.
     """
-    assert spec.anchor is not None
     first = factors_of(targets, statistics.__getitem__, spec, space.storage, progress=progress)
-    rank_map = Allocator(space, tails(first)).closed_form(spec.anchor)
+    # Ranks of all kinds, so that studies of other rank multiples share the bank.
+    rank_map = Allocator(replace(space, multiple=1), tails(first)).closed_form(spec.anchor)
     with _overwritten(targets, first, rank_map):
         return mean_statistics(statistics, collect(spec.seed + 1))
 

@@ -87,7 +87,7 @@ def test_another_process_finds_it(tmp_path: Path, processes: ForkServerContext) 
     [
         {"revision": "abc"}, {"weights_digest": "other"}, {"calibration_digest": "other"}, {"method": "svd"},
         {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"tuned": "nested"},
-        {"anchor": "0.6"}, {"format_version": 99},
+        {"anchor": 0.6}, {"format_version": 99},
     ],
 )  # fmt: skip
 def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> None:
