@@ -194,9 +194,9 @@ class FinetuneSpec(Table):
     """Blocks in a step."""
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 8e-4
     """Of AdamW for the factors, at its peak; see ``learning_rate_scale``."""
-    learning_rate_scale: Literal["removed", "none"] = "removed"
+    learning_rate_scale: Literal["removed", "rank", "none"] = "removed"
     """Multiply `learning_rate` by the fraction of the target layers' parameters that a rank map removes (the less is
-    broken, the less there is to repair), or by nothing."""
+    broken, the less there is to repair); in each layer by 1 - rank / min(m, n); or by nothing."""
     dense_learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-4
     """Of AdamW for what `train = "all"` trains beside the factors, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -216,7 +216,7 @@ class FinetuneSpec(Table):
 
     def at(self, kept: float) -> FinetuneSpec:
         """The fine-tune of a rank map that keeps this fraction of the target layers: its learning rate is its own."""
-        if self.learning_rate_scale == "none":
+        if self.learning_rate_scale != "removed":
             return self
         rate = self.learning_rate * max(1 - kept, LEAST_REMOVED)
         return self.model_copy(update={"learning_rate": rate, "learning_rate_scale": "none"})

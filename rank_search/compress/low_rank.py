@@ -48,6 +48,11 @@ class LowRankLinear(nn.Module):
         return self.inner.out_features
 
     @property
+    def full_rank(self) -> int:
+        """min(m, n)."""
+        return min(self.inner.in_features, self.outer.out_features)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         """The dense layer's bias."""
         return self.outer.bias

@@ -70,10 +70,13 @@ class Group:
 
 
 def _groups(model: nn.Module, layers: Sequence[LowRankLinear], spec: FinetuneSpec) -> list[Group]:
-    factors: list[Tensor] = [factor for layer in layers for factor in layer.factors]
-    groups = [Group(factors, spec.learning_rate)]
+    scaled: dict[float, list[Tensor]] = {}
+    for layer in layers:
+        scale = rank_scale(layer.rank, layer.full_rank) if spec.learning_rate_scale == "rank" else 1.0
+        scaled.setdefault(scale, []).extend(layer.factors)
+    groups = [Group(factors, spec.learning_rate * scale) for scale, factors in scaled.items()]
     if spec.train == "all":
-        known = {id(factor) for factor in factors}
+        known = {id(factor) for group in groups for factor in group.parameters}
         dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
         groups.append(Group(dense, spec.dense_learning_rate))
     return [group for group in groups if group.parameters]
@@ -142,6 +145,11 @@ def _set_learning_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group
             held["lr"].fill_(factor * group.learning_rate)
         else:
             held["lr"] = factor * group.learning_rate
+
+
+def rank_scale(rank: float | int, full_rank: int) -> float:
+    """1 - rank / full_rank, up to the next sixteenth, so that many layers make few groups."""
+    return max(1, math.ceil(16 * (1 - rank / full_rank))) / 16
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -25,7 +25,7 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, SearchSpec
 from rank_search.task import Examples
-from rank_search.train.finetune import Group, train_steps
+from rank_search.train.finetune import Group, rank_scale, train_steps
 
 
 def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
@@ -149,11 +149,10 @@ def nested_finetune(
     }
     if not layers:
         return dict(factors)
-    trained = [parameter for layer in layers.values() for parameter in layer.parameters()]
     place(targets, layers)
     try:
         losses = train_steps(
-            model, [Group(trained, spec.learning_rate)], examples, spec, steps, seed=seed, title="nested fine-tune",
+            model, _groups(layers, wanted, targets, spec), examples, spec, steps, seed=seed, title="nested fine-tune",
             progress=progress, before_step=lambda index: now.copy_(ranks[index]),
         )  # fmt: skip
     finally:
@@ -166,6 +165,21 @@ def nested_finetune(
     return {
         name: layers[name].trained(untrained) if name in layers else untrained for name, untrained in factors.items()
     }
+
+
+def _groups(
+    layers: Mapping[str, NestedLinear], ranks: Int[Tensor, "steps targets"], targets: Sequence[Target],
+    spec: FinetuneSpec,
+) -> list[Group]:  # fmt: skip
+    """All factors; where ranks scale the learning rate, by the mean rank of the steps in which a layer has one."""
+    groups: dict[float, list[Tensor]] = {}
+    for target, asked in zip(targets, ranks.T, strict=True):
+        if target.name in layers:
+            mean = float(asked[asked > 0].double().mean())
+            full = min(target.shape.m, target.shape.n)
+            scale = rank_scale(mean, full) if spec.learning_rate_scale == "rank" else 1.0
+            groups.setdefault(scale, []).extend(layers[target.name].parameters())
+    return [Group(parameters, spec.learning_rate * scale) for scale, parameters in groups.items()]
 
 
 def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:

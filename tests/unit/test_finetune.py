@@ -16,7 +16,7 @@ from rank_search.model.targets import find_targets, weight_matrix
 from rank_search.ranks import RankMap
 from rank_search.spec import FinetuneSpec, TargetSpec
 from rank_search.task import Examples
-from rank_search.train.finetune import FinetuneResult, batches, finetune, learning_rate_factor
+from rank_search.train.finetune import FinetuneResult, batches, finetune, learning_rate_factor, rank_scale
 from tests.data import models
 
 
@@ -158,3 +158,27 @@ def test_a_budget_in_tokens_is_met_with_whole_steps(spec: FinetuneSpec, steps: i
     assert spec.steps_for(24) == steps
     if spec.tokens is not None:
         assert math.ceil(spec.tokens / (spec.batch_blocks * 24)) == steps
+
+
+def test_the_learning_rate_falls_with_what_is_kept_down_to_a_floor() -> None:
+    spec = FinetuneSpec(learning_rate=1e-3)
+    assert spec.at(0.4).learning_rate == pytest.approx(6e-4)
+    assert spec.at(0.99).learning_rate == spec.at(1.0).learning_rate == pytest.approx(1.25e-4)
+    assert spec.at(0.4).at(0.9) == spec.at(0.4)
+    for scale in ("none", "rank"):
+        other = FinetuneSpec(learning_rate=1e-3, learning_rate_scale=scale)  # type: ignore[arg-type]
+        assert other.at(0.4) is other
+
+
+def test_scaled_by_ranks_each_layer_moves_by_its_own_rate() -> None:
+    assert [rank_scale(rank, 64) for rank in (1, 32, 61, 64)] == [1.0, 0.5, 1 / 16, 1 / 16]
+    spec = FinetuneSpec(steps=1, learning_rate=1e-2, learning_rate_scale="rank", warmup=0.0, clip=1e9)
+    _, before, after = _tune("llama", spec)
+    moved = {
+        round(float((after[name] - before[name]).abs().max()), 6)
+        for name in before
+        if name.endswith("inner.weight") and not torch.equal(after[name], before[name])
+    }
+    # AdamW's first step is the learning rate itself, whatever the gradient.
+    assert len(moved) > 1
+    assert all(step <= 1e-2 for step in moved)
