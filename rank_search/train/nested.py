@@ -93,8 +93,10 @@ class NestedLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "m n"]:
         """The matrix at the present rank: for code that reads a layer's matrix instead of calling it."""
-        used = (self._index < self._rank).to(self.out.dtype)
-        return (self.out * used[:, None]).T @ self.inn + self._dense[0] * (self._rank < 0).to(self.out.dtype)
+        low_rank = self._used(self.out).T @ self.inn
+        if not self._ever_dense:
+            return low_rank
+        return low_rank + self._dense[0] * (self._rank < 0).to(self.out.dtype)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """The layer at its present rank."""
@@ -104,12 +106,13 @@ class NestedLinear(nn.Module):
             if rank < 0:
                 return F.linear(x, weight, bias)
             return F.linear(F.linear(x, self.inn[:rank]), self.out[:rank].T, bias)
-        inner = F.linear(x, self.inn)
-        low_rank = F.linear(inner * (self._index < self._rank).to(inner.dtype), self.out.T, bias)
-        if not self._ever_dense:
-            return low_rank
-        dense = F.linear(x, weight)
-        return low_rank + dense * (self._rank < 0).to(dense.dtype)
+        # Whichever is less work for a batch of many vectors, next to which a product of factors is none.
+        if self._ever_dense or len(self._index) * sum(weight.shape) > weight.numel():
+            return F.linear(x, self.weight, bias)
+        return F.linear(F.linear(x, self._used(self.inn)), self.out.T, bias)
+
+    def _used(self, factors: Float[Tensor, "rank d"]) -> Float[Tensor, "rank d"]:
+        return factors * (self._index < self._rank).to(factors.dtype)[:, None]
 
 
 def nested_finetune(
