@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class LayerCurve:
-    """The choices of one layer, by ascending parameters, dense last.
+    """The choices of one layer, by ascending parameters, dense last if it may be.
 
     ``ranks`` (c,) holds 0 for dense; ``params`` (c,) numbers stored; ``rises`` (c,) predicted rise of the loss in
     nats, 0 for dense; ``hull`` the indices of the lower convex hull.
@@ -39,9 +39,9 @@ class LayerCurve:
     def of(cls, space: RankSpace, shape: LayerShape, tail: Floats) -> LayerCurve:
         """``tail[r]`` is the predicted rise at rank r, for r = 0 .. min(m, n)."""
         allowed = np.asarray(space.ranks(shape), dtype=np.int64)
-        ranks = np.append(allowed, 0)
+        ranks = np.append(allowed, 0) if space.may_be_dense(shape) else allowed
         params = np.array([shape.params(int(r) or None, space.storage) for r in ranks], dtype=np.int64)
-        rises = np.append(tail[allowed], 0.0)
+        rises = np.where(ranks > 0, tail[ranks], 0.0)
         return cls(shape, ranks, params, rises, lower_hull(params, rises))
 
 
@@ -166,7 +166,7 @@ class Allocator:
         for curve in self._curves:
             rank = rank_map.get(curve.shape.name)
             if rank is not None:
-                rise += float(curve.rises[np.searchsorted(curve.ranks[:-1], rank)])
+                rise += float(curve.rises[np.searchsorted(curve.ranks[curve.ranks > 0], rank)])
         return rise
 
     def _weights(self, multipliers: Mapping[str, float] | None) -> Floats:

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rank_search.dashboard.viewing import StudyView as StudyView
 from rank_search.errors import BudgetError, DataError, RankMapError, StorageError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.ranks import LayerShape, RankMap
 from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, TaskName, load_study_file, parse_study
 
 if TYPE_CHECKING:
     from rank_search.applying import ModelScore
+    from rank_search.insight import Insight
     from rank_search.preparing import Prepared
     from rank_search.study.facts import StudyFacts
-    from rank_search.study.records import StudyRecord, StudyStatus, TrialRecord
+    from rank_search.study.records import StudyStatus
     from rank_search.study.space import Seed
     from rank_search.study.store import StudyStore
     from rank_search.worker import Outcome
 
 STORAGE_VARIABLE = "RANK_SEARCH_STORAGE"
+STORAGE_FILE_VARIABLE = "RANK_SEARCH_STORAGE_FILE"
+"""Names a file that holds the URL: a secret that no list of environments shows."""
 
 StudyLike = StudyFile | Path | str
 
@@ -55,24 +60,6 @@ class ModelLayers:
     model_params: int
 
 
-@dataclass(frozen=True)
-class StudyView:
-    """All that the database tells of a study."""
-
-    record: StudyRecord
-    front: Front
-    trials: tuple[TrialRecord, ...]
-
-    @property
-    def points(self) -> tuple[FrontPoint, ...]:
-        """Every measured trial."""
-        return tuple(
-            FrontPoint(trial.number, trial.rank_map, trial.measurement, trial.source)
-            for trial in self.trials
-            if trial.measurement is not None
-        )
-
-
 def prepare(study: StudyLike, *, progress: Progress = SILENT) -> Prepared:
     """Load the model, cut the text into blocks, and open or build the factor bank."""
     from rank_search.preparing import prepare as prepare_study
@@ -85,6 +72,8 @@ def run(
     *,
     storage: str | None = None,
     trials: int | None = None,
+    settle: bool = False,
+    warm_start: str | None = None,
     progress: Progress = SILENT,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> Front:
@@ -92,6 +81,10 @@ def run(
 
     Args:
         trials: finished trials of the whole study, those of earlier runs counted in; None takes the study file's.
+        settle: propose nothing new, but measure the pruned trials that would be on the front by prediction at the
+            highest fidelity, however many trials the study has.
+        warm_start: a study of the same model or of a sibling, whose front is measured first: its file, ``URL#NAME``,
+            or its name in this study's database.
 
     Raises:
         InputError: the study file, its model, text, device or database; nothing was searched.
@@ -99,32 +92,53 @@ def run(
         TrialError: several trials in a row failed for the same reason.
     """
     file = _file(study)
-    wanted = _wanted(trials, file)
+    if settle and trials is not None:
+        raise BudgetError("give trials or settle, not both: settling takes as many trials as it needs")
+    wanted = None if settle else _wanted(trials, file)
     url = storage_url(storage, file)
     pinned = _as_stored(url, file)
     from rank_search.study.samplers import check_sampler
     from rank_search.study.space import check_range
 
     check_sampler(file.spec.search)
+    other = None
+    if warm_start is not None:
+        from rank_search.study.warm_start import OtherFront
+
+        other = OtherFront.read(warm_start, url)
+    from rank_search.dashboard.refreshing import Refreshing
+    from rank_search.dashboard.spectra import Spectra
     from rank_search.preparing import prepare as prepare_study
+    from rank_search.stop_rules import StopRules
     from rank_search.study.study import Study, given_seeds
     from rank_search.trial import Evaluator
-    from rank_search.worker import work
+    from rank_search.worker import stop_reason, work
 
     prepared = prepare_study(pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
     asked = given_seeds(file.spec, url, prepared.allocator)
     given = _seed_rank_maps(prepared, asked, progress) if asked else {}
     opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared), given)
-    try:
-        if opened.finished() < wanted:
+    spectra = Spectra.of_tails(prepared.space.shapes, prepared.bank.tails())
+    with closing(opened), Refreshing(url, opened.name, spectra, on_trouble=progress.say) as dashboard:
+        if other is not None:
+            opened.warm_start(other.carried_to(prepared.allocator, file.spec.search))
+        rules = StopRules.of(file.spec.search)
+        reason = stop_reason(opened, wanted, rules)
+        if reason is None:
             evaluator = Evaluator(prepared)
             if opened.dense_loss is None:
                 dense = evaluator.score(progress)
                 opened.set_dense_loss(dense.loss, dense.metrics)
-            work(opened, evaluator, wanted, progress=progress, on_outcome=on_outcome)
+            dashboard.begin()
+
+            def ended(outcome: Outcome) -> None:
+                on_outcome(outcome)
+                dashboard.after_trial()
+
+            reason = work(opened, evaluator, wanted, rules=rules, progress=progress, on_outcome=ended)
+        opened.set_stop_reason(reason)
+        dashboard.end()
         return opened.front()
-    finally:
-        opened.close()
 
 
 def allocate(
@@ -168,6 +182,18 @@ def view(study: StudyLike, *, storage: str | None = None) -> StudyView:
         return StudyView(store.study(name), store.front(name), tuple(store.trials(name)))
 
 
+def explain(study: StudyLike, *, storage: str | None = None) -> Insight:
+    """What a study found out: what layer types and depths want beside the closed form, which multipliers matter, and
+    how well cheaper losses tell the order of the others.
+
+    Raises:
+        InputError: the study has measured nothing yet.
+    """
+    from rank_search.study.explaining import explain as explain_study
+
+    return explain_study(*storage_of(study, storage))
+
+
 def export(
     study: StudyLike,
     *,
@@ -196,16 +222,11 @@ def export(
         raise RankMapError(
             f"choose a point by exactly one of trial, kept, max_params, max_loss or knee, not by {sum(choices)}"
         )
+    from rank_search.dashboard.artifacts import rank_map_file
+
     shown = view(study, storage=storage)
     point = _chosen(shown, trial, kept, max_params, max_loss)
-    facts, spec = shown.record.facts, shown.record.spec
-    space = RankSpace(facts.shapes, facts.model_params, spec.targets.storage, spec.targets.rank_multiple)
-    return RankMapFile.of(
-        point.rank_map, space, spec, weights_digest=facts.weights_digest,
-        allocation=f"trial {point.trial} ({point.source})", revision=facts.revision,
-        measurement=point.measurement, trial=point.trial,
-        calibration_digest=facts.calibration_digest, bank_digest=facts.bank,
-    )  # fmt: skip
+    return rank_map_file(shown.record, point)
 
 
 def study_folder(study: StudyLike, *, storage: str | None = None) -> Path:
@@ -312,15 +333,37 @@ def layers(model: ModelSpec, targets: TargetSpec | None = None, *, progress: Pro
 
 
 def storage_url(storage: str | None, file: StudyFile | None) -> str:
-    """``storage``, else ``RANK_SEARCH_STORAGE``, else the SQLite file beside the study's working folder."""
+    """``storage``, else ``RANK_SEARCH_STORAGE``, else what is in the file ``RANK_SEARCH_STORAGE_FILE``, else the SQLite
+    file beside the study's working folder.
+
+    Raises:
+        StorageError: none of them says it, or the file cannot be read.
+    """
     if storage is not None:
         return storage  # an empty one too: it is an unset variable in a script, not a wish for the default
-    url = os.environ.get(STORAGE_VARIABLE) or (file.default_storage if file else None)
+    url = os.environ.get(STORAGE_VARIABLE) or _secret_storage() or (file.default_storage if file else None)
     if url is None:
         raise StorageError(
             f"a study's name needs its database: give --storage URL or set {STORAGE_VARIABLE}, or give the study's file"
         )
     return url
+
+
+def storage_of(study: StudyLike, storage: str | None = None) -> tuple[str, str]:
+    """The database of a study and its name there."""
+    file = _existing_file(study)
+    return storage_url(storage, file), file.spec.name if file else str(study)
+
+
+def _secret_storage() -> str | None:
+    path = os.environ.get(STORAGE_FILE_VARIABLE)
+    if not path:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise StorageError(f"{STORAGE_FILE_VARIABLE} names {path}, which cannot be read: {reason}") from None
 
 
 def _evaluation(result: ModelScore) -> Evaluation:
@@ -344,8 +387,8 @@ def _existing_file(study: StudyLike) -> StudyFile | None:
 def _store(study: StudyLike, storage: str | None) -> tuple[StudyStore, str]:
     from rank_search.study.store import StudyStore
 
-    file = _existing_file(study)
-    return StudyStore(storage_url(storage, file)), file.spec.name if file else str(study)
+    url, name = storage_of(study, storage)
+    return StudyStore(url), name
 
 
 def _wanted(trials: int | None, file: StudyFile) -> int:

@@ -17,6 +17,7 @@
     │   └── StorageError            database unreachable, of an unknown version, or without the study
     ├── DecompositionError          a layer whose factors could not be computed
     ├── BankError                   a factor bank that cannot be written or is damaged
+    ├── ExhaustedError              a study whose space has no rank map left that was not proposed
     └── TrialError                  one trial failed; the study goes on
         └── NonFiniteLossError      a loss that is NaN or infinite
 """
@@ -91,6 +92,10 @@ class DecompositionError(RankSearchError):
 
 class BankError(RankSearchError):
     """A factor bank cannot be written, or is damaged."""
+
+
+class ExhaustedError(RankSearchError):
+    """The study has proposed every rank map that its space seems to have."""
 
 
 class TrialError(RankSearchError):

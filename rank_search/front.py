@@ -9,6 +9,7 @@ from typing import overload
 
 from rank_search.errors import BudgetError
 from rank_search.measurement import Fidelity, Measurement
+from rank_search.notebook import Row, front_html
 from rank_search.ranks import RankMap
 
 
@@ -128,6 +129,21 @@ class Front(Sequence[FrontPoint]):
             return (first.loss - point.loss) / height - (point.num_params - first.num_params) / width
 
         return max(self.points, key=lambda p: (below_line(p), -p.num_params))
+
+    @property
+    def rows(self) -> list[Row]:
+        """What a notebook tells of every point."""
+        return [
+            (
+                point.trial, point.source, point.num_params, told.kept_of_targets, told.loss, told.standard_error,
+                told.perplexity,
+            )
+            for point in self.points for told in [point.measurement]
+        ]  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return front_html(self.rows)
 
     def _refuse_empty(self) -> None:
         if not self.points:

@@ -51,6 +51,10 @@ class Measurement:
         peak_memory: bytes on the accelerator, or of the process on a CPU.
         metrics: values by name; of folds their mean.
         fold_losses: of every fold, whose mean ``loss`` is; empty where there are none.
+        block_losses: of every validation block, weighed so that ``loss`` is their mean; kept apart from the rest, for
+            comparisons on the same blocks, and empty where there are folds.
+        train_losses: of every step of the trial's own fine-tune, nats per prediction, of folds their mean; kept apart
+            likewise, and empty where there is none.
     """
 
     loss: float
@@ -67,6 +71,8 @@ class Measurement:
     peak_memory: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     fold_losses: tuple[float, ...] = ()
+    block_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    train_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.loss):

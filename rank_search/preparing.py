@@ -193,6 +193,7 @@ def _nested_banks(
             "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
             "range": (low, high),
             "train": splits.train_digest,
+            **({"frozen": space.frozen} if space.frozen else {}),  # rank maps of the steps leave these as they are
         }
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         return open_or_build(study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made, on_wait)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from rank_search.errors import BudgetError, RankMapError
+from rank_search.errors import BudgetError, RankMapError, TargetError
 
 Storage = Literal["two-factor", "pivoted"]
 """How a matrix of rank r is stored: two factors, r (m + n) numbers, or r kept rows and the
@@ -51,6 +52,32 @@ class LayerShape:
         if storage == "pivoted":
             return min(self.m, self.n) - 1
         return (self.dense_params - 1) // (self.m + self.n)
+
+
+def frozen_ranks(
+    shapes: Sequence[LayerShape], patterns: Mapping[str, int | Literal["dense"]], storage: Storage
+) -> tuple[tuple[str, int | None], ...]:
+    """The layers that ``patterns`` on their names freeze, each with its rank, None for dense; the last one counts.
+
+    Raises:
+        TargetError: a pattern that fits no layer, or a rank at which a layer is smaller dense.
+    """
+    frozen: dict[str, int | None] = {}
+    for pattern, choice in patterns.items():
+        fitting = [shape for shape in shapes if fnmatchcase(shape.name, pattern)]
+        if not fitting:
+            raise TargetError(
+                f"targets.frozen pattern {pattern!r} fits no target layer; see `rank-search layers MODEL`"
+            )
+        for shape in fitting:
+            top = shape.max_rank(storage)
+            if choice != "dense" and choice > top:
+                raise TargetError(
+                    f"targets.frozen gives {shape.name} rank {choice}, but above {top} its ({shape.m}, {shape.n}) "
+                    f'matrix is smaller dense ({storage} storage); write "dense" or a smaller rank'
+                )
+            frozen[shape.name] = None if choice == "dense" else choice
+    return tuple(frozen.items())
 
 
 class RankMap(Mapping[str, int]):
@@ -96,13 +123,16 @@ class RankSpace:
 
     ``model_params`` counts the whole dense model, tied weights once. ``multiple`` allows only ranks that
     are multiples of it (a layer whose largest useful rank is below it keeps that rank as its only one).
+    ``frozen`` gives single layers one rank each, whatever ``multiple`` is, or dense (None).
     """
 
     shapes: tuple[LayerShape, ...]
     model_params: int
     storage: Storage = "two-factor"
     multiple: int = 1
+    frozen: tuple[tuple[str, int | None], ...] = ()
     _by_name: dict[str, LayerShape] = field(init=False, repr=False, compare=False)
+    _frozen: dict[str, int | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         by_name = {shape.name: shape for shape in self.shapes}
@@ -111,6 +141,7 @@ class RankSpace:
         if self.multiple < 1:
             raise ValueError(f"ranks must be multiples of at least 1, not {self.multiple}")
         object.__setattr__(self, "_by_name", by_name)
+        object.__setattr__(self, "_frozen", dict(self.frozen))
 
     def __getitem__(self, name: str) -> LayerShape:
         return self._by_name[name]
@@ -138,9 +169,16 @@ class RankSpace:
 
     def ranks(self, shape: LayerShape) -> range:
         """The allowed ranks of a layer, ascending, dense not among them."""
+        if shape.name in self._frozen:
+            rank = self._frozen[shape.name]
+            return range(0) if rank is None else range(rank, rank + 1)
         top = shape.max_rank(self.storage)
         step = max(1, min(self.multiple, top))
         return range(step, top + 1, step)
+
+    def may_be_dense(self, shape: LayerShape) -> bool:
+        """Whether a layer may be left dense: it may, unless it is frozen at a rank."""
+        return self._frozen.get(shape.name) is None
 
     def target_params(self, rank_map: RankMap) -> int:
         """Parameters of the target layers under ``rank_map``, in this space's storage form."""
@@ -149,6 +187,14 @@ class RankSpace:
     def num_params(self, rank_map: RankMap) -> int:
         """Parameters of the whole model under ``rank_map``."""
         return self.model_params - self.dense_params + self.target_params(rank_map)
+
+    @cached_property
+    def max_params(self) -> int:
+        """Parameters of all target layers at their largest choices."""
+        return sum(
+            shape.dense_params if self.may_be_dense(shape) else shape.params(self.max_rank(shape), self.storage)
+            for shape in self.shapes
+        )
 
     def kept_of_targets(self, rank_map: RankMap) -> float:
         """Kept fraction of the target layers."""
@@ -160,7 +206,7 @@ class RankSpace:
 
     def with_storage(self, storage: Storage) -> RankSpace:
         """The same layers counted in another storage form."""
-        return RankSpace(self.shapes, self.model_params, storage, self.multiple)
+        return RankSpace(self.shapes, self.model_params, storage, self.multiple, self.frozen)
 
     def budget(self, kept: float) -> int:
         """Parameters of the target layers that a kept fraction of them allows.

@@ -23,7 +23,8 @@ from rank_search.task import IGNORED, Batch, Examples
 class Score:
     """Loss over a set of examples: mean in nats per prediction, its standard error, number of predictions.
 
-    ``metrics`` maps names to values; ``fold_losses`` are those of the folds that the loss is the mean of, if it is one.
+    ``metrics`` maps names to values; ``fold_losses`` are those of the folds that the loss is the mean of, if it is one,
+    and ``block_losses``, else, those of the examples, weighed so that the loss is their mean.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class Score:
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     fold_losses: tuple[float, ...] = ()
+    block_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def perplexity(self) -> float:
@@ -115,7 +117,8 @@ def _summary(
         raise NonFiniteLossError(f"validation loss is {loss} ({bad} of {len(means)} blocks are not finite)")
     # Of a ratio of two means, which for examples of one length is that of a mean.
     draws = weights * means - (weights - 1) * loss
+    each = tuple(draws.tolist())
     if len(draws) == 1:
         draws = losses.flatten()
     error = float(draws.std() / math.sqrt(len(draws))) if len(draws) > 1 else 0.0
-    return Score(loss, error, int(counts.sum()), metrics)
+    return Score(loss, error, int(counts.sum()), metrics, block_losses=each)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rank_search.climbing import Rung, make_rungs
 from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.decompose import Factors
@@ -28,16 +31,24 @@ from rank_search.train.finetune import finetune
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The low-rank layers that stand in the model now, and the seconds that putting them there took."""
+    """The low-rank layers that stand in the model now, the seconds that putting them there took, and the training loss
+    of every step since."""
 
     layers: dict[str, LowRankLinear]
     swap_seconds: float
+    train_losses: tuple[float, ...] = ()
 
 
 class _Seconds(NamedTuple):
     swap: float
     finetune: float
     score: float
+
+
+class _Round(NamedTuple):
+    score: Score
+    seconds: _Seconds
+    train_losses: tuple[float, ...]
 
 
 class Evaluator:
@@ -52,6 +63,69 @@ class Evaluator:
         self._train = Examples.of(task, splits.train.columns).to(self._device)
         self._validation = Examples.of(task, splits.validation.columns).to(self._device)
         self._held_out = splits.held_out
+        self._top = Fidelity.from_label(self._spec.highest_fidelity)
+
+    @cached_property
+    def rungs(self) -> tuple[Rung, ...]:
+        """What :meth:`climb` measures in turn; the last is what :meth:`measure` does."""
+        search = self._spec.search
+        blocks = sum(len(validation) for _, validation in self._rounds())
+        return make_rungs(search.fidelities, search.sliced_tokens, self._top, blocks, self._train.sequence_length)
+
+    def climb(
+        self, rank_map: RankMap, known: int = 0, progress: Progress = SILENT
+    ) -> Generator[Measurement, None, None]:
+        """Measure ``rank_map`` on one rung after another, but for the first ``known``; close it to go no further.
+
+        Every rung below the top scores the first so many blocks of the validation text, the same for all rank maps.
+
+        Raises:
+            RankMapError: it does not fit the model.
+            NonFiniteLossError: a loss is NaN or infinite.
+        """
+        self._prepared.space.validate(rank_map)
+        below = self.rungs[known:-1]
+        if any(rung.fidelity is Fidelity.PREDICTED for rung in below):
+            yield self._predicted(rank_map)
+        yield from self._sliced(rank_map, [rung for rung in below if rung.fidelity is Fidelity.SLICED], progress)
+        yield self.measure(rank_map, progress)
+
+    def _predicted(self, rank_map: RankMap) -> Measurement:
+        rise = self._prepared.allocator.predicted_rise(rank_map)
+        return self._measurement(
+            rank_map, Score(self._dense_loss + rise, 0.0, 0), _Seconds(0, 0, 0), Fidelity.PREDICTED
+        )
+
+    @cached_property
+    def _dense_loss(self) -> float:
+        return self.score().loss
+
+    def _sliced(self, rank_map: RankMap, rungs: Sequence[Rung], progress: Progress) -> Iterator[Measurement]:
+        """Score slices of the bank, as they are, on ever more blocks."""
+        if not rungs:
+            return
+        self._reset_peak_memory()
+        started = time.perf_counter()
+        factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
+        with compressed(self._prepared.targets, factors, rank_map):
+            synchronize(self._device)
+            swap = time.perf_counter() - started
+            for rung in rungs:
+                started = time.perf_counter()
+                result = Score.mean_of(
+                    [self._score(part, progress, metrics=False) for part in self._first(rung.blocks)]
+                )
+                synchronize(self._device)
+                seconds = _Seconds(swap, 0.0, time.perf_counter() - started)
+                yield self._measurement(rank_map, result, seconds, rung.fidelity)
+                swap = 0.0
+
+    def _first(self, blocks: int | None) -> list[Examples]:
+        """The first so many validation blocks, of folds as many of each; None: all."""
+        rounds = [validation for _, validation in self._rounds()]
+        if blocks is None:
+            return rounds
+        return [validation[: -(-blocks // len(rounds))] for validation in rounds]
 
     def measure(self, rank_map: RankMap, progress: Progress = SILENT) -> Measurement:
         """Fine-tune and score ``rank_map``; the same rank map gives the same measurement on one device.
@@ -63,8 +137,11 @@ class Evaluator:
         self._prepared.space.validate(rank_map)
         self._reset_peak_memory()
         rounds = [self._round(rank_map, *examples, progress) for examples in self._rounds()]
-        seconds = _Seconds(*map(sum, zip(*(spent for _, spent in rounds), strict=True)))
-        return self._measurement(rank_map, Score.mean_of([result for result, _ in rounds]), seconds)
+        seconds = _Seconds(*map(sum, zip(*(each.seconds for each in rounds), strict=True)))
+        train_losses = tuple(map(fmean, zip(*(each.train_losses for each in rounds), strict=True)))
+        return self._measurement(
+            rank_map, Score.mean_of([each.score for each in rounds]), seconds, self._top, train_losses
+        )
 
     def _rounds(self) -> Iterator[tuple[Examples, Examples]]:
         """Examples to train and to score on: one pair, or one for each fold."""
@@ -74,9 +151,7 @@ class Evaluator:
         for rows in self._held_out:
             yield self._train[torch.cat([every[: rows.start], every[rows.stop :]])], self._train[rows]
 
-    def _round(
-        self, rank_map: RankMap, train: Examples, validation: Examples, progress: Progress
-    ) -> tuple[Score, _Seconds]:
+    def _round(self, rank_map: RankMap, train: Examples, validation: Examples, progress: Progress) -> _Round:
         started = time.perf_counter()
         with self._applied(rank_map, train, progress) as applied:
             synchronize(self._device)
@@ -85,7 +160,8 @@ class Evaluator:
             scored = time.perf_counter()
         synchronize(self._device)
         swap = applied.swap_seconds + (time.perf_counter() - scored)
-        return result, _Seconds(swap, tuned - started - applied.swap_seconds, scored - tuned)
+        seconds = _Seconds(swap, tuned - started - applied.swap_seconds, scored - tuned)
+        return _Round(result, seconds, applied.train_losses)
 
     def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> AbstractContextManager[Applied]:
         """The model under ``rank_map``, fine-tuned on all training examples, inside the block; dense after it."""
@@ -98,8 +174,8 @@ class Evaluator:
         factors = self._factors_at(kept)
         with self._kept_if_trained(), compressed(self._prepared.targets, factors, rank_map) as layers:
             synchronize(self._device)
-            applied = Applied(layers, time.perf_counter() - started)
-            finetune(
+            swap_seconds = time.perf_counter() - started
+            tuned = finetune(
                 self._prepared.model,
                 list(layers.values()),
                 train,
@@ -107,7 +183,7 @@ class Evaluator:
                 seed=self._spec.search.seed,
                 progress=progress,
             )
-            yield applied
+            yield Applied(layers, swap_seconds, tuned.losses)
 
     def _factors_at(self, kept: float) -> Mapping[str, Factors]:
         """What a rank map of this kept fraction slices."""
@@ -123,8 +199,8 @@ class Evaluator:
         """
         return Score.mean_of([self._score(validation, progress) for _, validation in self._rounds()])
 
-    def _score(self, examples: Examples, progress: Progress) -> Score:
-        names, loaded = self._spec.validation.metrics, self._prepared.loaded
+    def _score(self, examples: Examples, progress: Progress, *, metrics: bool = True) -> Score:
+        names, loaded = self._spec.validation.metrics if metrics else (), self._prepared.loaded
         with aligned(loaded.model):
             return score(
                 loaded.model,
@@ -134,9 +210,11 @@ class Evaluator:
                 progress=progress,
             )
 
-    def _measurement(self, rank_map: RankMap, result: Score, seconds: _Seconds) -> Measurement:
+    def _measurement(
+        self, rank_map: RankMap, result: Score, seconds: _Seconds, fidelity: Fidelity,
+        train_losses: tuple[float, ...] = (),
+    ) -> Measurement:  # fmt: skip
         space = self._prepared.space
-        tuned = self._spec.finetune.steps_for(self._train.sequence_length) > 0
         return Measurement(
             loss=result.loss,
             standard_error=result.standard_error,
@@ -144,7 +222,7 @@ class Evaluator:
             target_params=space.target_params(rank_map),
             kept_of_targets=space.kept_of_targets(rank_map),
             kept_of_model=space.kept_of_model(rank_map),
-            fidelity=Fidelity.TUNED if tuned else Fidelity.SLICED,
+            fidelity=fidelity,
             tokens=result.tokens,
             swap_seconds=seconds.swap,
             finetune_seconds=seconds.finetune,
@@ -152,6 +230,8 @@ class Evaluator:
             peak_memory=self._peak_memory(),
             metrics=result.metrics,
             fold_losses=result.fold_losses,
+            block_losses=result.block_losses,
+            train_losses=train_losses,
         )
 
     @contextmanager

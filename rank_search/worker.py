@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
-from rank_search.errors import RankSearchError, TrialError
+from rank_search.errors import ExhaustedError, RankSearchError, TrialError
 from rank_search.measurement import Measurement
 from rank_search.progress import SILENT, Progress
+from rank_search.stop_rules import StopRules
+from rank_search.study.records import Effort, State
 from rank_search.study.study import Proposal, Study
 from rank_search.trial import Evaluator
 
@@ -19,32 +23,51 @@ SAME_FAILURES = 3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one proposal: a measurement, or the reason of its failure."""
+    """What came of one proposal: the measurement of the highest fidelity it reached, or the reason of its failure.
+
+    ``seconds`` are those of all that was measured for it now.
+    """
 
     proposal: Proposal
     measurement: Measurement | None
     reason: str | None = None
+    state: State = State.COMPLETE
+    seconds: float = 0.0
 
 
 def work(
     study: Study,
     evaluator: Evaluator,
-    trials: int,
+    trials: int | None,
     *,
+    rules: StopRules = StopRules(),  # noqa: B008  (frozen)
     progress: Progress = SILENT,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
-) -> None:
-    """Measure proposals until the study, all workers together, has ``trials`` finished ones.
+) -> str:
+    """Measure proposals until the study, all workers together, has ``trials`` finished ones, or a rule stops it.
+
+    Without a number, pruned trials are promoted until none of them would be on the front by prediction.
 
     A failed trial is stored with its reason and the study goes on. An interrupt gives the trial back: the same rank
-    map is proposed again when the study is resumed.
+    map is proposed again when the study is resumed, and what was measured of it is not measured again.
+
+    Returns:
+        Why the search has stopped, which is stored too.
 
     Raises:
         TrialError: several trials in a row failed for the same reason.
     """
+    started = time.monotonic()
     reasons: list[str] = []
-    while study.finished() < trials:
-        outcome = _measure(study, evaluator, study.ask(), progress)
+    study.set_stop_reason(None)
+    effort = study.effort()
+    while (stop := stop_reason(study, trials, rules, effort, time.monotonic() - started)) is None:
+        try:
+            proposal = study.ask(_left(effort, trials, rules))
+        except ExhaustedError as error:
+            stop = str(error)
+            break
+        outcome = _measure(study, evaluator, proposal, progress)
         on_outcome(outcome)
         reasons = [*reasons, outcome.reason] if outcome.reason else []
         if len(reasons) >= SAME_FAILURES and len(set(reasons[-SAME_FAILURES:])) == 1:
@@ -52,15 +75,40 @@ def work(
                 f"{SAME_FAILURES} trials in a row failed for the same reason ({reasons[-1]}); "
                 "mend it and run again, the study resumes"
             )
+        effort = study.effort()
+    study.set_stop_reason(stop)
+    return stop
+
+
+def stop_reason(
+    study: Study, trials: int | None, rules: StopRules, effort: Effort | None = None, wall: float = 0.0
+) -> str | None:
+    """Why a search that has run for ``wall`` seconds stops here; None: it goes on."""
+    effort = effort or study.effort()
+    if trials is None:
+        return None if study.unsettled() else "the front is settled"
+    if effort.finished >= trials:
+        return f"{effort.finished} trials are finished"
+    return study.stop_reason(rules, wall, effort.seconds)
+
+
+def _left(effort: Effort, trials: int | None, rules: StopRules) -> int:
+    """Trials that may still begin: by their number and, at the seconds that one takes, by the rule for these."""
+    if trials is None:
+        return 0
+    left = trials - effort.finished - effort.running
+    if rules.gpu_seconds is not None and effort.seconds > 0:
+        left = min(left, int((rules.gpu_seconds - effort.seconds) / effort.seconds * effort.finished))
+    return left
 
 
 def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Progress) -> Outcome:
     try:
-        measurement = evaluator.measure(proposal.rank_map, progress)
+        outcome = _climb(study, evaluator, proposal, progress)
     except (RankSearchError, torch.OutOfMemoryError) as error:
         reason = _reason(error)
         study.fail(proposal, reason)
-        return Outcome(proposal, None, reason)
+        return Outcome(proposal, None, reason, State.FAILED)
     except Exception as error:
         # A defect: the trial ends, so that resuming the study does not run into it again, and the traceback is shown.
         study.fail(proposal, f"{type(error).__name__}: {error}")
@@ -68,8 +116,18 @@ def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: P
     except BaseException:
         study.requeue(proposal)
         raise
-    study.tell(proposal, measurement)
-    return Outcome(proposal, measurement)
+    return outcome
+
+
+def _climb(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Progress) -> Outcome:
+    """Measure on every rung that is left, as long as the study lets the trial go on."""
+    top, seconds = len(evaluator.rungs) - 1, 0.0
+    with closing(evaluator.climb(proposal.rank_map, len(proposal.known), progress)) as measurements:
+        for rung, measurement in enumerate(measurements, start=len(proposal.known)):
+            seconds += measurement.seconds
+            if rung < top and not study.report(proposal, rung, measurement):
+                return Outcome(proposal, measurement, None, State.PRUNED, seconds)
+    return Outcome(proposal, measurement, None, study.tell(proposal, measurement, top), seconds)
 
 
 def _reason(error: Exception) -> str:

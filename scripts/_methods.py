@@ -116,7 +116,7 @@ class Seeded:
         base = self._base
         spec = self.spec.factors.model_copy(update={"method": method})
         statistics = self.statistics
-        if method == "kfac" and spec.anchor is not None:  # the project's own; the published methods know no anchor
+        if method == "kfac" and spec.anchor < 1:  # the project's own; the published methods know no anchor
             space = base.space.with_storage("pivoted")
             statistics = anchored(base.targets, dict(statistics), spec, space, self._collected)
         made = factors_of(base.targets, statistics.__getitem__, spec, "pivoted")

@@ -65,9 +65,8 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     last = losses[-20:]
-    print(
-        f"wrote {args.out}: {len(label2id)} classes, mean loss of the last {len(last)} steps {sum(last) / len(last):.4f}"
-    )
+    mean = sum(last) / len(last)
+    print(f"wrote {args.out}: {len(label2id)} classes, mean loss of the last {len(last)} steps {mean:.4f}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from rank_search.cli import model_commands, study_commands
+from rank_search.cli import (
+    database_commands,
+    insight_commands,
+    launch_commands,
+    model_commands,
+    study_commands,
+    view_commands,
+)
 
 app = typer.Typer(
     name="rank-search",
@@ -38,11 +45,18 @@ def _start(
 
 
 app.command()(study_commands.run)
+app.command()(launch_commands.launch)
+app.command()(launch_commands.worker)
 app.command()(study_commands.prepare)
 app.command()(study_commands.allocate)
 app.command()(study_commands.front)
 app.command()(study_commands.status)
+app.command()(insight_commands.explain)
+app.command()(view_commands.watch)
+app.command()(view_commands.dashboard)
+app.command()(view_commands.report)
 app.command()(study_commands.export)
 app.command()(model_commands.apply)
 app.command()(model_commands.evaluate)
 app.command()(model_commands.layers)
+app.add_typer(database_commands.app, name="db")

@@ -39,13 +39,33 @@ def run(
         int | None,
         typer.Option(metavar="N", help="Finished trials wanted, those of earlier runs counted in.", show_default=False),
     ] = None,
+    settle: Annotated[
+        bool, typer.Option("--settle", help="Propose nothing new; only promote pruned trials that belong on the front.")
+    ] = False,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STUDY",
+            help="Measure the front of this study first, of the same model or a sibling: its file, URL#NAME, or its "
+            "name in this study's database.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Create or resume a study: prepare, search, print the front."""
     file = load_study_file(study)
     quiet_libraries()
     with TerminalProgress() as progress:
         search = _Search(file, storage, trials, progress)
-        api.run(file, storage=storage, trials=trials, progress=progress, on_outcome=search.finished)
+        api.run(
+            file,
+            storage=storage,
+            trials=trials,
+            settle=settle,
+            warm_start=warm_start,
+            progress=progress,
+            on_outcome=search.finished,
+        )
     _print_end(study, storage, api.view(file, storage=storage), measured=search.measured)
 
 
@@ -88,7 +108,7 @@ class _Search:
         now = time.monotonic()
         if self._first is None:
             self._first = now, done
-            return None if outcome.measurement is None else remaining * outcome.measurement.seconds
+            return None if outcome.measurement is None else remaining * outcome.seconds
         started, first = self._first
         return remaining * (now - started) / max(1, done - first)
 
@@ -97,10 +117,12 @@ def _print_end(study: Path, storage: str | None, view: api.StudyView, *, measure
     tables.print_front(view)
     again = f"{shlex.quote(str(study))}{_storage_again(storage)}"
     if not measured:
-        done = sum(trial.state in {"complete", "failed"} for trial in view.trials)
+        done = sum(trial.state not in {"running", "requeued", "skipped"} for trial in view.trials)
         typer.echo(
             f"The study has its {done} trials already; rank-search run {again} --trials {done + 10} asks for more."
         )
+    if stopped := api.status(study, storage=storage).stop_reason:
+        typer.echo(f"Stopped because {stopped}.")
     typer.echo(f"Draw it:    rank-search front {again} --plot front.png")
     typer.echo(f"Choose one: rank-search export {again} --knee -o rank_map.json")
 

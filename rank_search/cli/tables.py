@@ -80,7 +80,10 @@ def print_layers(layers: ModelLayers) -> None:
 
 def status_lines(status: StudyStatus) -> Iterable[str]:
     """How far a study is, failed trials with their reasons last."""
-    others = {"failed": status.failed, "running": status.running, "requeued": status.requeued}
+    others = {
+        "pruned": status.pruned, "infeasible": status.infeasible, "failed": status.failed, "running": status.running,
+        "requeued": status.requeued, "skipped": status.skipped,
+    }  # fmt: skip
     shown = ", ".join([f"{status.complete} complete", *(f"{count} {name}" for name, count in others.items() if count)])
     yield f"study {status.name}: {status.finished} of {status.wanted} trials finished ({shown})"
     for title, loss in (("lowest loss", status.best_loss), ("dense loss", status.dense_loss)):
@@ -88,7 +91,10 @@ def status_lines(status: StudyStatus) -> Iterable[str]:
         if loss is not None:
             value = f"{loss:.4f} nats per {status.unit}, perplexity {perplexity(_exp(loss))}"
         yield f"{title:<15}{value}"
-    yield f"{'trial time':<15}{duration(status.seconds)}"
+    of_pruned = f", {duration(status.pruned_seconds)} of it in pruned trials" if status.pruned_seconds else ""
+    yield f"{'trial time':<15}{duration(status.seconds)}{of_pruned}"
+    if status.stop_reason is not None:
+        yield f"{'stopped':<15}{status.stop_reason}"
     if status.last_activity is not None:
         yield f"{'last activity':<15}{_moment(status.last_activity)}"
     for number, reason in status.failures:
@@ -119,9 +125,13 @@ class TrialLines:
             return f"{head}  failed: {outcome.reason}"
         line = (
             f"{head}  {measured.kept_of_targets:.4f}  {measured.num_params:>{self._params},}  {measured.loss:7.4f}"
-            f"  {perplexity(measured.perplexity):>10}  {measured.seconds:7.1f}"
+            f"  {perplexity(measured.perplexity):>10}  {outcome.seconds:7.1f}"
         )
-        return f"{line}  front" if on_front else line
+        if on_front:
+            return f"{line}  front"
+        if outcome.state == "pruned":
+            return f"{line}  pruned at {measured.fidelity.label}"
+        return line if outcome.state == "complete" else f"{line}  {outcome.state}"
 
 
 def written_line(path: object, file: RankMapFile) -> str:

@@ -94,12 +94,17 @@ def save_figure(figure: Figure, path: Path | str) -> None:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise InputError(f"picture {path}: the suffix must be one of {', '.join(_SUFFIXES)}, not {suffix!r}")
-    content = io.BytesIO()
-    figure.savefig(content, format=suffix[1:], dpi=_DOTS_PER_INCH)
     try:
-        write_atomically(path, content.getvalue())
+        write_atomically(path, rendered(figure, suffix[1:]))
     except OSError as error:
         raise InputError(f"picture {path} cannot be written: {error.strerror}") from None
+
+
+def rendered(figure: Figure, form: str = "png") -> bytes:
+    """The file of a picture."""
+    content = io.BytesIO()
+    figure.savefig(content, format=form, dpi=_DOTS_PER_INCH)
+    return content.getvalue()
 
 
 def _from_source(points: Sequence[FrontPoint], start: str) -> list[FrontPoint]:

@@ -209,13 +209,16 @@ class RankMapFile(_Part):
         """
         path = Path(path)
         moved = self._moved(Path(folder), path.parent)
-        text = json.dumps(moved.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        # A shape on one line, not on four.
-        text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
         try:
-            write_atomically(path, f"{text}\n".encode())
+            write_atomically(path, moved.text().encode())
         except OSError as error:
             raise RankMapError(f"rank map file {path} cannot be written: {error.strerror}") from None
+
+    def text(self) -> str:
+        """The file's content, its paths as they are."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        # A shape on one line, not on four.
+        return re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n"
 
     @property
     def rank_map(self) -> RankMap:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rank_search.errors import TargetError
 from rank_search.model.parts import ATTENTION, Part, heads_of, parts_of
-from rank_search.ranks import LayerShape, RankSpace
+from rank_search.ranks import LayerShape, RankSpace, frozen_ranks
 from rank_search.spec import TargetSpec
 
 _QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value)(_|$)", re.IGNORECASE)
@@ -118,9 +118,15 @@ def find_targets(model: nn.Module, spec: TargetSpec) -> tuple[Target, ...]:
 
 
 def rank_space(model: nn.Module, targets: Sequence[Target], spec: TargetSpec) -> RankSpace:
-    """The rank maps of ``model`` over ``targets``; tied weights are counted once."""
+    """The rank maps of ``model`` over ``targets``; tied weights are counted once.
+
+    Raises:
+        TargetError: ``targets.frozen`` names no layer, or a rank that is none.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
-    return RankSpace(tuple(target.shape for target in targets), total, spec.storage, spec.rank_multiple)
+    shapes = tuple(target.shape for target in targets)
+    frozen = frozen_ranks(shapes, spec.frozen, spec.storage)
+    return RankSpace(shapes, total, spec.storage, spec.rank_multiple, frozen)
 
 
 def _candidates(model: nn.Module, spec: TargetSpec) -> tuple[list[Target], dict[str, str]]:

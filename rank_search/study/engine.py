@@ -66,6 +66,25 @@ def _set_time_zone(connection: DBAPIConnection, _record: object) -> None:
     connection.commit()  # else the next rollback would undo it
 
 
+def commit_without_waiting(engine: Engine) -> None:
+    """Let commits of this engine's PostgreSQL sessions return before they are on disk; nothing on other databases.
+
+    After a crash of the server, the last fractions of a second of them may be missing, as after a power failure on
+    SQLite, but nothing is ever half there. PostgreSQL writes commits to disk in their order, so that one which waits
+    takes all before it along.
+    """
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _set_asynchronous)
+        engine.dispose()  # connections made before
+
+
+def _set_asynchronous(connection: DBAPIConnection, _record: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("SET synchronous_commit = off")
+    cursor.close()
+    connection.commit()
+
+
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
     connection.isolation_level = None  # the driver starts no transactions of its own; _begin does
     cursor = connection.cursor()
@@ -90,7 +109,7 @@ plugins.register("rank_search_setup", __name__, "_Setup")
 
 
 def parse_url(text: str | URL) -> URL:
-    """A database URL in the form that the engines use; ``postgresql://`` means the psycopg driver.
+    """A database URL in the form that the engines use; ``postgresql://`` means the psycopg driver, ``mysql://`` pymysql.
 
     Raises:
         StorageError: not a database URL, or an SQLite database that two connections cannot share.
@@ -102,6 +121,8 @@ def parse_url(text: str | URL) -> URL:
         raise StorageError(f"the storage is not a database URL such as sqlite:///study.db; {_ADVICE}") from None
     if url.drivername in {"postgresql", "postgres"}:
         return url.set(drivername="postgresql+psycopg")
+    if url.drivername in {"mysql", "mariadb"}:
+        return url.set(drivername="mysql+pymysql")
     if url.get_backend_name() == "sqlite" and (url.database or "").partition(":")[0] in {"", "file"}:
         raise StorageError(f"storage {url} is not an SQLite file; give one as sqlite:///study.db")
     return url
@@ -146,7 +167,7 @@ def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:
         engine = create_engine(url, **engine_kwargs(url))
     except ModuleNotFoundError as error:
         # Other drivers' packages have the name of their module.
-        packages = {"psycopg": "rank-search[postgresql]", "MySQLdb": "mysqlclient"}
+        packages = {"psycopg": "rank-search[postgresql]", "pymysql": "rank-search[mysql]"}
         wanted = packages.get(error.name or "", error.name)
         raise StorageError(f"database {shown(url)} needs a driver; pip install '{wanted}'") from None
     except NoSuchModuleError:

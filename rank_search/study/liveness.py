@@ -28,7 +28,11 @@ class WorkerId:
     @classmethod
     def current(cls) -> WorkerId:
         """The running process."""
-        pid = os.getpid()
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> WorkerId:
+        """A process of this host."""
         return cls(socket.gethostname(), pid, _token(pid))
 
     @classmethod

@@ -43,8 +43,10 @@ class Moves:
         givers = [k for k in self._some(random) if self._lowered(k, chosen[k]) is not None]
         takers = [k for k in self._some(random) if k not in givers and self._raised(k, chosen[k]) is not None]
         if givers and takers:
-            share = math.exp(random.uniform(*map(math.log, _FREED)))
-            self._give(chosen, givers, share * sum(int(self._curves[k].params[chosen[k]]) for k in givers))
+            share = math.exp(random.uniform(math.log(_FREED[0]), math.log(_FREED[1])))
+            held = sum(int(self._curves[k].params[chosen[k]]) for k in givers)
+            # Enough for one step of a taker, which to dense may be a long one.
+            self._give(chosen, givers, max(share * held, min(self._cost(k, chosen[k]) for k in takers)))
             self._take(chosen, takers, budget - self._used(chosen))
         return self._allocator.filled(chosen, budget)
 
@@ -119,6 +121,11 @@ class Moves:
         hull = self._curves[k].hull
         position = int(np.searchsorted(hull, index, side="right"))
         return int(hull[position]) if position < len(hull) else None
+
+    def _cost(self, k: int, index: int) -> float:
+        """Parameters of a layer's next step up its hull."""
+        up = self._raised(k, index)
+        return math.inf if up is None else float(self._curves[k].params[up] - self._curves[k].params[index])
 
     def _floor(self, k: int, params: float) -> int:
         """The dearest point of a layer's hull of at most ``params`` parameters, or its cheapest."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,68 +14,82 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from rank_search.allocation import Allocator
 from rank_search.ranks import RankMap
 from rank_search.study.moves import Moves
+from rank_search.study.space import SearchSpace
 
+RANK_MAP = "rank_search:rank_map"
+"""The attribute under which trials hold rank maps; not one of those that dashboards show, which have no room for it."""
 _NEAREST = 3
-"""Parents are drawn among so many points that are nearest to the wanted size."""
+"""Parents are drawn from so many good points that are nearest to the wanted size: the best of two draws."""
 _FRONTS = 2
-"""Parents lie on the front, or on the next one, which is the front once the first is taken away."""
-_RESIZED = 0.35
-"""How often a child has another size than its parent."""
-_UNTRADED = 0.5
-"""How often a child of another size is its parent's deviations from the closed form and nothing else."""
+"""Good points lie on the front, or on the next one, which is the front once the first is taken away."""
+_UNTRADED = 8.0
+"""Points on a front that is so sparse that filling it is all there is to do; ..."""
+_MOST_TRADED = 0.75
+"""... and how often a child is more than its parent at another size when the front is dense."""
 _AGAIN = 0.3
 """How often another trade follows a trade."""
+_NEIGHBOURS = 8
+"""Good points around one that say which loss is to be expected at its size."""
 _TRIES = 20
 """Draws after which a child may be a rank map that another trial has already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A measured rank map: its parameters and its loss, and its JSON form as trials hold it."""
+    """A good rank map.
+
+    Attributes:
+        params: of the whole model.
+        loss: its measured one.
+        text: its JSON form, as trials hold it.
+        rank: 0 on the front, 1 on the next one.
+        above: its loss above what its neighbours make one expect at its size.
+    """
 
     params: float
     loss: float
     text: str
+    rank: int = 0
+    above: float = 0.0
 
 
 class MutationSampler(BaseSampler):
-    """Proposes small changes of rank maps that are on the front, or near it, anywhere on the axis of budgets.
+    """Proposes rank maps that fill the gaps of the front by small changes of those beside them.
 
-    A size is drawn evenly over the kept fractions of the study. One of the good rank maps nearest to it trades ranks
-    among a few of its layers (:meth:`Moves.trade`), or takes its deviations from the closed form to that size
-    (:meth:`Moves.resize`), or both. Few changes a step are what evolution of compressed models lives on (EvoPress,
-    Sieberling et al., 2024).
+    A size is drawn in the gaps between neighbours on the front, wide and steep ones most: a point in the middle of one
+    adds a quarter of its area (width times fall in loss) to the hypervolume. One of the good rank maps nearest to it,
+    by its loss for its size, takes its deviations from the closed form there (:meth:`Moves.resize`). The denser the
+    front, the more often the child also trades ranks among a few of its layers (:meth:`Moves.trade`); few changes a
+    step are what evolution of compressed models lives on (EvoPress, Sieberling et al., 2024).
 
     The rank map itself is handed to ``keep``; Optuna's own parameters only stand near it. A proposal depends on the
     seed and the trials alone, and is no rank map that another trial has, running ones included.
 
     Args:
-        allocator: the closed form, whose hulls are walked.
-        distributions: of the space: ``kept``, and others that are proposed as 0.
+        space: has ``kept`` among its parameters; the others are proposed as 0.
+        moves: on the space's layers.
         seed: of this proposal.
         keep: told the trial and its rank map.
     """
 
     def __init__(
         self,
-        allocator: Allocator,
+        space: SearchSpace,
         moves: Moves,
-        distributions: dict[str, BaseDistribution],
         seed: int,
         keep: Callable[[FrozenTrial, RankMap], None],
     ) -> None:
-        self._allocator = allocator
+        self._space = space
+        self._allocator = space.allocator
         self._moves = moves
-        self._distributions = distributions
         self._random = np.random.default_rng(seed)
         self._keep = keep
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All of the space at once."""
-        return self._distributions
+        return self._space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -83,8 +98,7 @@ class MutationSampler(BaseSampler):
         allowed = search_space["kept"]
         assert isinstance(allowed, FloatDistribution)
         trials = study.get_trials(deepcopy=False)
-        taken = {other.user_attrs["rank_map"] for other in trials if "rank_map" in other.user_attrs}
-        rank_map = self._proposal(good_parents(trials), taken, allowed)
+        rank_map = self._proposal(good_parents(trials), self._taken(trials), allowed)
         self._keep(trial, rank_map)
         kept = self._allocator.space.kept_of_targets(rank_map)
         return {**dict.fromkeys(search_space, 0.0), "kept": min(max(kept, allowed.low), allowed.high)}
@@ -95,29 +109,70 @@ class MutationSampler(BaseSampler):
         """Never asked: no parameter is outside of the space."""
         raise NotImplementedError(f"{param_name} is not a parameter of the space")
 
+    def _taken(self, trials: Iterable[FrozenTrial]) -> set[str]:
+        """Rank maps of all trials; of a seed that has not ended its parameters alone are known."""
+        found = set()
+        for trial in trials:
+            params = trial.system_attrs.get("fixed_params")
+            if (told := told_rank_map(trial)) is not None:
+                found.add(told)
+            elif params and not trial.state.is_finished():
+                found.add(rank_map_text(self._space.decode(params)))
+        return found
+
     def _proposal(self, parents: list[Parent], taken: set[str], allowed: FloatDistribution) -> RankMap:
+        gaps = self._gaps(parents, allowed)
         for _ in range(_TRIES):
-            child = self._child(parents, float(self._random.uniform(allowed.low, allowed.high)))
+            child = self._child(parents, self._size(gaps))
             if rank_map_text(child) not in taken:
                 break
         return child
 
-    def _child(self, parents: list[Parent], kept: float) -> RankMap:
+    def _gaps(self, parents: Sequence[Parent], allowed: FloatDistribution) -> list[tuple[float, float, float]]:
+        """Start and end in kept fraction, and area, of every gap of the front within the allowed sizes."""
+        front = [(self._kept_by(parent.params), parent.loss) for parent in parents if parent.rank == 0]
+        if len(front) < 2:
+            return [(allowed.low, allowed.high, 1.0)]
+        inner = [(start, end, (end - start) * (a - b)) for (start, a), (end, b) in pairwise(front)]
+        # Beyond the ends the loss goes on as steeply as it came.
+        (first, a), (second, b) = front[:2]
+        (before, c), (last, d) = front[-2:]
+        ends = [
+            (allowed.low, first, (a - b) / (second - first) * (first - allowed.low) ** 2),
+            (last, allowed.high, (c - d) / (last - before) * (allowed.high - last) ** 2),
+        ]
+        found = []
+        for start, end, area in [*inner, *ends]:
+            low, high = max(start, allowed.low), min(end, allowed.high)
+            if low < high:
+                found.append((low, high, area * ((high - low) / (end - start)) ** 2))
+        return found or [(allowed.low, allowed.high, 1.0)]
+
+    def _size(self, gaps: Sequence[tuple[float, float, float]]) -> float:
+        """A kept fraction about the middle of a gap."""
+        areas = np.array([area for _, _, area in gaps])
+        low, high, _ = gaps[int(self._random.choice(len(gaps), p=areas / areas.sum()))]
+        return low + (high - low) * float(self._random.uniform(0.3, 0.7))
+
+    def _child(self, parents: Sequence[Parent], kept: float) -> RankMap:
         random, moves = self._random, self._moves
         if not parents:
             return moves.trade(self._allocator.closed_form(kept), random)
-        space = self._allocator.space
-        wanted = space.model_params - space.dense_params + kept * space.dense_params
-        nearest = sorted(parents, key=lambda parent: abs(parent.params - wanted))[:_NEAREST]
-        child = RankMap(json.loads(nearest[int(random.integers(len(nearest)))].text))
-        if random.random() < _RESIZED:
-            child = moves.resize(child, kept)
-            if random.random() < _UNTRADED:
-                return child
-        child = moves.trade(child, random)
-        while random.random() < _AGAIN:
+        nearest = sorted(parents, key=lambda parent: abs(self._kept_by(parent.params) - kept))[:_NEAREST]
+        drawn = [nearest[int(k)] for k in random.integers(len(nearest), size=2)]
+        parent = min(drawn, key=lambda parent: parent.above)
+        child = moves.resize(RankMap(json.loads(parent.text)), kept)
+        on_front = sum(parent.rank == 0 for parent in parents)
+        if random.random() < min(_MOST_TRADED, 1 - _UNTRADED / max(on_front, _UNTRADED)):
             child = moves.trade(child, random)
+            while random.random() < _AGAIN:
+                child = moves.trade(child, random)
         return child
+
+    def _kept_by(self, params: float) -> float:
+        """Kept fraction of the target layers of a whole model of so many parameters."""
+        space = self._allocator.space
+        return (params - (space.model_params - space.dense_params)) / space.dense_params
 
 
 def rank_map_text(rank_map: RankMap) -> str:
@@ -125,24 +180,49 @@ def rank_map_text(rank_map: RankMap) -> str:
     return json.dumps(dict(rank_map))
 
 
+def told_rank_map(trial: FrozenTrial) -> str | None:
+    """The rank map that a trial holds: among the attributes that dashboards do not show, or, in studies of earlier
+    versions, among those that they do."""
+    told = trial.system_attrs.get(RANK_MAP, trial.user_attrs.get("rank_map"))
+    return None if told is None else str(told)
+
+
+def _is_feasible(trial: FrozenTrial) -> bool:
+    return all(missed_by <= 0 for missed_by in trial.constraints.values())
+
+
 def good_parents(trials: Iterable[FrozenTrial]) -> list[Parent]:
-    """The measured trials of the first fronts, by ascending parameters."""
+    """The measured trials of the first fronts, each front by ascending parameters."""
     left = sorted(
         (
-            Parent(trial.values[1], trial.values[0], trial.user_attrs["rank_map"])
+            Parent(trial.values[1], trial.values[0], told)
             for trial in trials
-            if trial.state is TrialState.COMPLETE and "rank_map" in trial.user_attrs
+            if trial.state is TrialState.COMPLETE and _is_feasible(trial) and (told := told_rank_map(trial)) is not None
         ),
         key=lambda parent: (parent.params, parent.loss),
     )
     found: list[Parent] = []
-    for _ in range(_FRONTS):
-        lowest, front, others = float("inf"), [], []
+    for rank in range(_FRONTS):
+        lowest, others = float("inf"), []
         for parent in left:
             if parent.loss < lowest:
                 lowest = parent.loss
-                front.append(parent)
+                found.append(replace(parent, rank=rank))
             else:
                 others.append(parent)
-        found, left = found + front, others
-    return found
+        left = others
+    return _compared(found)
+
+
+def _compared(parents: list[Parent]) -> list[Parent]:
+    """With the residuals of a parabola through each one's neighbours in size."""
+    if len(parents) < _NEIGHBOURS:
+        return parents
+    params, losses = (np.array([getattr(parent, name) for parent in parents]) for name in ("params", "loss"))
+    compared = []
+    for parent in parents:
+        near = np.argsort(np.abs(params - parent.params), kind="stable")[:_NEIGHBOURS]
+        x = (params[near] - parent.params) / max(float(np.ptp(params[near])), 1.0)
+        expected = np.linalg.lstsq(np.vander(x, 3), losses[near], rcond=None)[0][-1]
+        compared.append(replace(parent, above=parent.loss - float(expected)))
+    return compared

@@ -13,15 +13,24 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
 
 from rank_search.errors import StorageError, StudyFileError, StudyMismatchError
 from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
-from rank_search.study.engine import READ_ONLY, WRITING, engine_kwargs, shown, storage_error, translated
+from rank_search.study.engine import (
+    READ_ONLY,
+    WRITING,
+    commit_without_waiting,
+    engine_kwargs,
+    shown,
+    storage_error,
+    translated,
+)
 from rank_search.study.liveness import WorkerId
-from rank_search.study.mutation import rank_map_text
+from rank_search.study.mutation import RANK_MAP, rank_map_text, told_rank_map
+from rank_search.study.records import PREDICTED_RISE as PREDICTED_RISE
 from rank_search.study.samplers import SeededSampler
 from rank_search.study.space import GivenSeeds, Params, SearchSpace, Seed
 
@@ -34,19 +43,29 @@ _SEEDED = "seeded"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A trial that this process has claimed: its parameters, the source of a seed (None: sampled), and the rank map of
-    one whose parameters only stand near it."""
+    """A trial that this process has claimed.
+
+    Attributes:
+        number: of the trial.
+        params: its parameters.
+        source: of a seed or of what was proposed before; None: sampled.
+        rank_map: of one whose parameters only stand near it.
+        retry_of: the trial that it is the second attempt of.
+        promotes: the pruned trial that it continues.
+    """
 
     number: int
     params: Params
     source: str | None
     rank_map: RankMap | None = None
+    retry_of: int | None = None
+    promotes: int | None = None
 
 
 def create_optuna_tables(url: URL) -> None:
     """Make Optuna's tables where they are missing; only under the database's lock."""
-    storage = _storage(url, skip_table_creation=False)
-    _close(storage)
+    storage = open_storage(url, skip_table_creation=False)
+    close_storage(storage)
 
 
 class OptunaStudy:
@@ -61,7 +80,7 @@ class OptunaStudy:
         self._seeds = seeds
         self._worker = str(WorkerId.current())
         self._proposed: tuple[int, RankMap] | None = None
-        self._rdb = _storage(url, skip_table_creation=True)
+        self._rdb = open_storage(url, skip_table_creation=True)
         self._storage = get_storage(self._rdb)
         with self._translated(), quiet():
             self._study = optuna.create_study(
@@ -76,7 +95,7 @@ class OptunaStudy:
     @staticmethod
     def exists(url: URL, name: str) -> bool:
         """Whether the database holds an Optuna study of this name, the project's or another's."""
-        storage = _storage(url, skip_table_creation=True)
+        storage = open_storage(url, skip_table_creation=True)
         try:
             storage.get_study_id_from_name(name)
         except KeyError:
@@ -84,13 +103,13 @@ class OptunaStudy:
         except StorageInternalError as error:
             raise storage_error(url, error.__cause__) from None
         finally:
-            _close(storage)
+            close_storage(storage)
         return True
 
     @staticmethod
     def is_seeded(url: URL, name: str) -> bool:
         """Whether the database holds an Optuna study of this name with all its seeds."""
-        storage = _storage(url, skip_table_creation=True)
+        storage = open_storage(url, skip_table_creation=True)
         try:
             return bool(storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(_SEEDED))
         except KeyError:
@@ -98,7 +117,7 @@ class OptunaStudy:
         except StorageInternalError as error:
             raise storage_error(url, error.__cause__) from None
         finally:
-            _close(storage)
+            close_storage(storage)
 
     def prepare(self, digest: str, given: GivenSeeds) -> None:
         """Name the metrics and enqueue the seeds that are missing; only under the database's lock.
@@ -148,24 +167,44 @@ class OptunaStudy:
         """Claim a waiting trial, or sample a new one."""
         with self._translated():
             trial = self._study.ask(fixed_distributions=self._space.distributions)
-            told = trial.user_attrs.get("rank_map")
+            # Only what was enqueued holds one by now, and has a source.
+            told = told_rank_map(self.trial(trial.number)) if "source" in trial.user_attrs else None
             rank_map = None if told is None else RankMap(json.loads(told))
             if self._proposed is not None and self._proposed[0] == trial.number:
                 rank_map = self._proposed[1]
-            return Claim(trial.number, dict(trial.params), trial.user_attrs.get("source"), rank_map)
+            attrs = trial.user_attrs
+            return Claim(
+                trial.number, dict(trial.params), attrs.get("source"), rank_map, attrs.get("retry_of"),
+                attrs.get("promotes"),
+            )  # fmt: skip
 
-    def complete(self, number: int, values: tuple[float, float], attrs: Mapping[str, Any]) -> None:
-        """Tell Optuna a measurement; a trial that has ended already is left as it is."""
-        self._finish(number, TrialState.COMPLETE, values, attrs)
+    def complete(
+        self, number: int, values: tuple[float, float], attrs: Mapping[str, Any], excess: Mapping[str, float]
+    ) -> None:
+        """Tell Optuna a measurement; a trial that has ended already is left as it is.
+
+        ``excess``: by how much each goal of the study is missed; a trial is feasible where none is above 0.
+        """
+        self._finish(number, TrialState.COMPLETE, values, attrs, excess)
+
+    def prune(self, number: int, attrs: Mapping[str, Any], excess: Mapping[str, float] | None = None) -> None:
+        """Tell Optuna that a trial was given up. It has no values there: samplers count it among the bad ones, or not
+        at all, and nothing is made up for what was not measured."""
+        self._finish(number, TrialState.PRUNED, None, attrs, excess or {})
 
     def fail(self, number: int, reason: str) -> None:
         """Tell Optuna that a trial failed; a trial that has ended already is left as it is."""
-        self._finish(number, TrialState.FAIL, None, {"reason": reason})
+        self._finish(number, TrialState.FAIL, None, {"reason": reason}, {})
 
     def enqueue(self, params: Params, attrs: Mapping[str, Any]) -> None:
         """Have ``params`` proposed before anything new is sampled."""
         with self._translated():
-            self._study.enqueue_trial(dict(params), user_attrs=dict(attrs))
+            shown = {key: value for key, value in attrs.items() if key != "rank_map"}
+            hidden: dict[str, Any] = {"fixed_params": dict(params)}
+            if "rank_map" in attrs:
+                hidden[RANK_MAP] = attrs["rank_map"]
+            # What Study.enqueue_trial does, which takes none of the attributes that are not shown.
+            self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=hidden, user_attrs=shown))
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in the given states. The caller must not change them."""
@@ -184,7 +223,7 @@ class OptunaStudy:
 
     def close(self) -> None:
         """Close all connections."""
-        _close(self._rdb)
+        close_storage(self._rdb)
 
     def _sign(self, trial: FrozenTrial) -> None:
         """Write who has claimed a trial, so that others know if this process dies over its sampling."""
@@ -194,22 +233,32 @@ class OptunaStudy:
     def _keep(self, trial: FrozenTrial, rank_map: RankMap) -> None:
         """Write the rank map that a sampler proposes beside parameters that only stand near it."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-        self._storage.set_trial_user_attr(trial_id, "rank_map", rank_map_text(rank_map))
+        self._storage.set_trial_system_attr(trial_id, RANK_MAP, rank_map_text(rank_map))
         self._proposed = trial.number, rank_map
 
     def _finish(
-        self, number: int, state: TrialState, values: tuple[float, float] | None, attrs: Mapping[str, Any]
+        self,
+        number: int,
+        state: TrialState,
+        values: tuple[float, float] | None,
+        attrs: Mapping[str, Any],
+        excess: Mapping[str, float],
     ) -> None:
-        if self.trial(number).state.is_finished():
-            return
         with self._translated():
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
             try:
                 for key, value in attrs.items():
-                    self._storage.set_trial_user_attr(trial_id, key, value)
-                self._study.tell(number, values, state, skip_if_finished=True)
+                    if key == "rank_map":  # thousands of characters, for which a dashboard has no room
+                        self._storage.set_trial_system_attr(trial_id, RANK_MAP, value)
+                    else:
+                        self._storage.set_trial_user_attr(trial_id, key, value)
+                for goal, missed_by in excess.items():
+                    # What Trial.set_constraint does; a Trial made for it would sample and claim once more.
+                    self._storage.set_trial_system_attr(trial_id, f"constraints:{goal}", missed_by)
+                # What Study.tell does, but for reading the trial three times; no sampler here waits for its end.
+                self._storage.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
-                return  # another process has told the same measurement since
+                return  # it has ended already, or another process has told the same measurement since
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -220,7 +269,25 @@ class OptunaStudy:
             raise storage_error(self._url, error.__cause__ or error) from None
 
 
-def _storage(url: URL, *, skip_table_creation: bool) -> RDBStorage:
+def stored_trials(url: URL, name: str) -> list[FrozenTrial]:
+    """All trials of a study as Optuna has them.
+
+    Raises:
+        StorageError: the database cannot be reached, or holds no Optuna study of this name.
+    """
+    storage = open_storage(url, skip_table_creation=True)
+    try:
+        with translated(url):
+            return storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    except KeyError:
+        raise StorageError(f"database {shown(url)} has no Optuna study {name!r}; restore the database") from None
+    except StorageInternalError as error:
+        raise storage_error(url, error.__cause__ or error) from None
+    finally:
+        close_storage(storage)
+
+
+def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
     """Optuna's storage, on an engine set up as the project's own.
 
     Raises:
@@ -235,6 +302,9 @@ def _storage(url: URL, *, skip_table_creation: bool) -> RDBStorage:
                 skip_table_creation=skip_table_creation,
             )
             storage.engine.update_execution_options(**WRITING)
+            # Two dozen commits a trial. The project's own, which wait, take those before them to the disk; what comes
+            # after them, the telling of a stored measurement, is told again when the study is opened.
+            commit_without_waiting(storage.engine)
             return storage
     except StorageInternalError as error:
         raise storage_error(url, error.__cause__ or error) from None
@@ -246,7 +316,8 @@ def _storage(url: URL, *, skip_table_creation: bool) -> RDBStorage:
         ) from None
 
 
-def _close(storage: RDBStorage) -> None:
+def close_storage(storage: RDBStorage) -> None:
+    """Close all its connections."""
     storage.remove_session()
     storage.engine.dispose()
 

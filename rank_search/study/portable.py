@@ -122,7 +122,7 @@ def _unpacked(content: bytes, where: str) -> tuple[Header, list[Row]]:
             f"{where} is no whole file of `rank-search db export`; copy it again or export anew"
         ) from None
     if header.kind != KIND or header.version != VERSION:
-        raise StorageError(f"{where} is a {header.kind!r} of version {header.version}, not {KIND!r} of version {VERSION}")
+        raise StorageError(f"{where} is {header.kind!r} of version {header.version}, not {KIND!r} of version {VERSION}")
     if hashlib.sha256(b"".join(lines)).hexdigest() != told:
         raise StorageError(f"{where} is damaged: its digest is not that of its content; copy it again or export anew")
     records = [json.loads(line) for line in lines[1:]]

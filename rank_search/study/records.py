@@ -18,11 +18,27 @@ class State(StrEnum):
 
     RUNNING = "running"
     COMPLETE = "complete"
-    """It has a measurement."""
+    """It has a measurement of the study's highest fidelity."""
+    PRUNED = "pruned"
+    """It has a measurement, which promised too little to go on to a higher fidelity."""
+    INFEASIBLE = "infeasible"
+    """It has a measurement, which misses a goal of the study: it cannot be on the front."""
     FAILED = "failed"
     """It has a reason, and will not be tried again."""
     REQUEUED = "requeued"
     """Its worker stopped before it was measured; the same rank map is proposed again under another number."""
+    SKIPPED = "skipped"
+    """It was not measured, for another trial has its rank map or it is too large; it does not count as tried."""
+
+
+MEASURED = frozenset({State.COMPLETE, State.PRUNED, State.INFEASIBLE})
+"""Trials that have a measurement."""
+
+FINISHED = MEASURED | {State.FAILED}
+"""Trials that count towards the number wanted."""
+
+PREDICTED_RISE = "predicted_rise"
+"""The attribute of a measured trial in Optuna that holds the closed form's own prediction, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +58,14 @@ class StudyRecord:
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """A trial as stored; a measurement if it is complete, a reason if it failed."""
+    """A trial as stored.
+
+    Attributes:
+        measurement: of the highest fidelity it reached; None before and without its end.
+        reason: why it failed, was requeued or skipped, or is infeasible.
+        same_as: of a skipped trial, the number of the one that has its rank map.
+        promotes: the number of the pruned trial that it continues.
+    """
 
     number: int
     state: State
@@ -53,6 +76,17 @@ class TrialRecord:
     worker: str
     started: datetime
     finished: datetime | None
+    same_as: int | None = None
+    promotes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a study has cost so far: finished and running trials, and the seconds of all measurements."""
+
+    finished: int
+    running: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +96,15 @@ class StudyStatus:
     Attributes:
         name: of the study.
         wanted: trials its file asks for.
-        running, complete, failed, requeued: trials per state.
+        running, complete, failed, requeued, pruned, infeasible, skipped: trials per state.
         best_loss: lowest loss of the front, nats per token.
         dense_loss: of the dense model, nats per token.
-        seconds: time spent in measured trials, all workers together.
+        seconds: time spent in measurements, all workers together.
+        pruned_seconds: that of pruned trials which were not promoted.
         failures: number and reason of every failed trial.
         last_activity: when a trial last started or ended.
         unit: what losses are a mean over.
+        stop_reason: why the last run stopped; None while one is at work or after an interrupt.
     """
 
     name: str
@@ -83,8 +119,13 @@ class StudyStatus:
     failures: tuple[tuple[int, str], ...]
     last_activity: datetime | None
     unit: str = "token"
+    pruned: int = 0
+    infeasible: int = 0
+    skipped: int = 0
+    pruned_seconds: float = 0.0
+    stop_reason: str | None = None
 
     @property
     def finished(self) -> int:
         """Trials that count towards ``wanted``."""
-        return self.complete + self.failed
+        return self.complete + self.failed + self.pruned + self.infeasible

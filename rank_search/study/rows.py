@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Select, Table, insert, select
+from sqlalchemy import Column, Connection, Engine, Float, Integer, MetaData, Numeric, Select, Table, insert, select
 
 from rank_search.study.engine import READ_ONLY
 
@@ -22,6 +21,8 @@ STUDIES = {"rank_search_studies": "name", "studies": "study_name"}
 """The tables that hold a row for each study, the project's and Optuna's, with the column of its name."""
 
 _OF_A_MOMENT = {"trial_heartbeats"}
+_OF_TRIALS = re.compile(r"dashboard:(artifacts:)?\d+:")
+"""Keys of what a dashboard shows of single trials, by their ids in one database; workers write it anew."""
 _GENERATION_OF_IDS = re.compile(r":parent:\d+$")
 """Keys under which Optuna's genetic samplers keep the database ids of a generation's parents."""
 
@@ -43,6 +44,10 @@ def reflected(connection: Connection) -> MetaData:
     """The tables as the database has them."""
     metadata = MetaData()
     metadata.reflect(connection)
+    for table in metadata.tables.values():
+        for column in table.columns:
+            if isinstance(column.type, Float | Numeric):
+                column.type.asdecimal = False  # MySQL's would come rounded to ten decimals
     return metadata
 
 
@@ -108,6 +113,8 @@ class _Inserting:
         if name == "study_system_attributes" and _GENERATION_OF_IDS.search(row["key"]):
             self.last.append((table, dict(row)))  # it tells ids of trials, which come later
             return
+        if name == "study_system_attributes" and _OF_TRIALS.match(row["key"]):
+            return
         self._insert(table, row)
 
     def finish(self) -> None:
@@ -156,9 +163,7 @@ def _surrogate(table: Table) -> Column[Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return float(value) if isinstance(value, Decimal) else value
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _stored(column: Column[Any], value: Any) -> Any:

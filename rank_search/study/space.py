@@ -199,13 +199,15 @@ class MultiplierSpace:
 class DirectSpace:
     """One whole number a target layer: the index of its rank among the allowed ones, ascending, dense last.
 
-    A layer that can only be dense has no parameter.
+    A layer that has no choice, dense or frozen at a rank, has no parameter.
     """
 
     def __init__(self, allocator: Allocator) -> None:
         self.allocator = allocator
         space = allocator.space
-        self._ranks = {shape.name: space.ranks(shape) for shape in space.shapes if space.ranks(shape)}
+        ranks = {shape.name: space.ranks(shape) for shape in space.shapes if space.ranks(shape)}
+        self._fixed = {name: ranks[name][0] for name in ranks if not space.may_be_dense(space[name])}
+        self._ranks = {name: allowed for name, allowed in ranks.items() if name not in self._fixed}
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -215,7 +217,9 @@ class DirectSpace:
     def decode(self, params: Mapping[str, float]) -> RankMap:
         """Look the ranks up."""
         chosen = ((name, ranks, int(params[name])) for name, ranks in self._ranks.items())
-        return RankMap((name, ranks[index]) for name, ranks, index in chosen if index < len(ranks))
+        found = self._fixed | {name: ranks[index] for name, ranks, index in chosen if index < len(ranks)}
+        # In the order of the layers, as allocations are.
+        return RankMap((shape.name, found[shape.name]) for shape in self.allocator.space.shapes if shape.name in found)
 
     def encode(self, seed: Seed) -> Params:
         """The indices of the seed's ranks."""
@@ -232,29 +236,67 @@ class DirectSpace:
             RankMapError: a rank that is not allowed.
         """
         for name, rank in rank_map.items():
-            if rank not in self._ranks.get(name, ()):
+            if rank != self._fixed.get(name) and rank not in self._ranks.get(name, ()):
                 raise RankMapError(f"{name} may not have rank {rank} in this study; see its [targets] table")
         return {
             name: ranks.index(rank_map[name]) if name in rank_map else len(ranks) for name, ranks in self._ranks.items()
         }
 
 
-def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
-    """The study's range of kept fractions, its lower end raised to what the smallest ranks need."""
-    least = _least_kept(space)
-    low, high = max(search.min_kept, least), search.max_kept
-    if high < low:
-        raise BudgetError(
-            f"search.max_kept is {high:g}, but the smallest ranks need {least:.4g} of the target layers; raise it"
+def random_params(distributions: Mapping[str, BaseDistribution], seed: str) -> Params:
+    """A point of a space, drawn evenly."""
+    random = np.random.default_rng(list(seed.encode()))
+    drawn: Params = {}
+    for name, allowed in distributions.items():
+        assert isinstance(allowed, FloatDistribution | IntDistribution)
+        whole = isinstance(allowed, IntDistribution)
+        drawn[name] = (
+            int(random.integers(int(allowed.low), int(allowed.high) + 1))
+            if whole
+            else float(random.uniform(allowed.low, allowed.high))
         )
+    return drawn
+
+
+def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
+    """The study's range of kept fractions, its lower end raised to what the smallest ranks need, its upper end lowered
+    to what frozen layers and the goal for parameters leave."""
+    least, most = _least_kept(space), _most_kept(search, space)
+    low, high = max(search.min_kept, least), min(search.max_kept, most)
+    upper = "search.max_kept" if high == search.max_kept else _most_kept_by(search, space)
+    if high < low:
+        told = f"{upper} is {high:g}" if upper == "search.max_kept" else f"{upper} allows a kept fraction of {high:.4g}"
+        if least >= search.min_kept:
+            raise BudgetError(f"{told}, but the smallest ranks need {least:.4g} of the target layers; raise it")
+        raise BudgetError(f"{told}, below search.min_kept = {search.min_kept:g}; change one of them")
     for kept in search.ladder:
         space.budget(kept)
         if not low <= kept <= high:
             raise StudyFileError(
-                f"search.ladder holds {kept:g}, outside search.min_kept to search.max_kept ({low:.4g} to {high:g}); "
+                f"search.ladder holds {kept:g}, outside search.min_kept to {upper} ({low:.4g} to {high:.4g}); "
                 "change one of them"
             )
+    if search.interest is not None and not max(low, search.interest[0]) < min(high, search.interest[1]):
+        raise StudyFileError(
+            f"search.interest ({search.interest[0]:g} to {search.interest[1]:g}) lies outside of what the layers allow "
+            f"({low:.4g} to {high:.4g}); change it"
+        )
     return low, high
+
+
+def _most_kept(search: SearchSpec, space: RankSpace) -> float:
+    """The largest kept fraction that frozen layers and the goal for parameters leave."""
+    most = space.max_params
+    if search.max_params is not None:
+        most = min(most, search.max_params - (space.model_params - space.dense_params))
+    return most / space.dense_params
+
+
+def _most_kept_by(search: SearchSpec, space: RankSpace) -> str:
+    """The key that lowers the largest kept fraction."""
+    return (
+        "targets.frozen" if _most_kept(search, space) * space.dense_params >= space.max_params else "search.max_params"
+    )
 
 
 def _least_kept(space: RankSpace) -> float:

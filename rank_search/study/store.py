@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from sqlalchemy import Engine, Select, func, select
+from sqlalchemy import ColumnElement, Engine, Select, and_, case, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
+from rank_search.climbing import Step
 from rank_search.errors import StorageError
 from rank_search.front import Front, FrontPoint
-from rank_search.measurement import Fidelity, Measurement
+from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
-from rank_search.spec import LOSS_UNITS, StudySpec, parse_study
+from rank_search.spec import LOSS_UNITS, StudySpec
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
 from rank_search.study.facts import StudyFacts
-from rank_search.study.records import State, StudyRecord, StudyStatus, TrialRecord
+from rank_search.study.records import FINISHED, MEASURED, Effort, State, StudyRecord, StudyStatus, TrialRecord
 from rank_search.study.schema import check_schema, has_schema
-from rank_search.study.tables import FrontRow, StudyRow, TrialRow
+from rank_search.study.stored import (
+    block_losses_of,
+    front_row,
+    measurement_of,
+    rank_map_json,
+    rank_map_of,
+    set_measurement,
+    spec_json,
+    spec_of,
+    study_record,
+    trial_record,
+)
+from rank_search.study.tables import FrontRow, MeasurementRow, StudyRow, TrialRow
+
+_SPENT = MeasurementRow.swap_seconds + MeasurementRow.finetune_seconds + MeasurementRow.score_seconds
 
 
 def find_study(storage: str | URL, name: str) -> StudyRecord | None:
@@ -87,7 +100,7 @@ class StudyStore:
     def study(self, name: str) -> StudyRecord:
         """A study's file and facts."""
         with self._read() as session:
-            return _study_record(self._study_row(session, name))
+            return study_record(self._study_row(session, name))
 
     def front(self, name: str) -> Front:
         """The stored front."""
@@ -96,12 +109,11 @@ class StudyStore:
             return Front(tuple(_stored_front(session, study)))
 
     def recompute_front(self, name: str) -> Front:
-        """The front of all measured trials, for checking the stored one; nothing is written."""
-        complete = (trial for trial in self.trials(name) if trial.measurement is not None)
+        """The front of all complete trials, for checking the stored one; nothing is written."""
         return Front.of(
             FrontPoint(trial.number, trial.rank_map, trial.measurement, trial.source)
-            for trial in complete
-            if trial.measurement is not None
+            for trial in self.trials(name)
+            if trial.state is State.COMPLETE and trial.measurement is not None
         )
 
     def trials(self, name: str) -> list[TrialRecord]:
@@ -109,46 +121,122 @@ class StudyStore:
         with self._read() as session:
             study = self._study_row(session, name)
             rows = session.scalars(select(TrialRow).where(TrialRow.study_id == study.id).order_by(TrialRow.number))
-            return [_trial_record(row) for row in rows]
+            return [trial_record(row) for row in rows]
 
     def trial(self, name: str, number: int) -> TrialRecord | None:
         """One trial, None if there is none of this number."""
         with self._read() as session:
             row = session.scalar(_trial_query(self._study_row(session, name), number))
-            return None if row is None else _trial_record(row)
+            return None if row is None else trial_record(row)
 
     def finished(self, name: str) -> int:
-        """Trials that are complete or failed."""
+        """Trials that count towards the number wanted."""
+        return self.effort(name).finished
+
+    def effort(self, name: str) -> Effort:
+        """What the study has cost so far."""
         with self._read() as session:
-            counts = _counts(session, self._study_row(session, name))
-            return counts.get(State.COMPLETE, 0) + counts.get(State.FAILED, 0)
+            study = self._study_row(session, name)
+            counts = _counts(session, study)
+            seconds = session.scalar(select(func.sum(_SPENT)).where(MeasurementRow.study_id == study.id))
+            finished = sum(counts.get(state, 0) for state in FINISHED)
+            return Effort(finished, counts.get(State.RUNNING, 0), float(seconds or 0.0))
+
+    def outcomes(self, name: str) -> list[tuple[int, float]]:
+        """Parameters and loss of every complete trial, the first that ended first."""
+        with self._read() as session:
+            mine = TrialRow.study_id == self._study_row(session, name).id
+            query = (
+                select(TrialRow.num_params, TrialRow.loss)
+                .where(mine, TrialRow.state == State.COMPLETE)
+                .order_by(TrialRow.finished, TrialRow.number)
+            )
+            return [(params or 0, loss or 0.0) for params, loss in session.execute(query)]
+
+    def steps(self, name: str, after: int = 0) -> tuple[list[Step], int]:
+        """Measurements on all rungs that were stored after the one with the row id ``after``, and the last id."""
+        query = select(
+            MeasurementRow.id, MeasurementRow.rung, MeasurementRow.loss, MeasurementRow.kept_of_targets,
+            MeasurementRow.num_params, TrialRow.number, TrialRow.promotes, TrialRow.state,
+        ).join(
+            TrialRow, and_(TrialRow.study_id == MeasurementRow.study_id, TrialRow.number == MeasurementRow.trial)
+        )  # fmt: skip
+        with self._read() as session:
+            mine = MeasurementRow.study_id == self._study_row(session, name).id
+            rows = session.execute(query.where(mine, MeasurementRow.id > after).order_by(MeasurementRow.id)).all()
+        # A trial's rows come in the order of rungs, so its last one here is its highest.
+        highest = {row.number: row.rung for row in rows}
+        found = [
+            Step(
+                trial=row.number if row.promotes is None else row.promotes,
+                rung=row.rung, loss=row.loss, kept=row.kept_of_targets, num_params=row.num_params,
+                top=row.state in {State.COMPLETE, State.INFEASIBLE} and row.rung == highest[row.number],
+                feasible=row.state != State.INFEASIBLE,
+            )
+            for row in rows
+        ]  # fmt: skip
+        return found, rows[-1].id if rows else after
+
+    def measurements(self, name: str, number: int) -> tuple[Measurement, ...]:
+        """What is stored of a trial, rung by rung."""
+        with self._read() as session:
+            study = self._study_row(session, name)
+            return tuple(map(measurement_of, session.scalars(_rungs_query(study, number))))
+
+    def rungs(self, name: str) -> dict[int, tuple[Measurement, ...]]:
+        """Trial → what is stored of it, rung by rung."""
+        with self._read() as session:
+            study = self._study_row(session, name)
+            query = select(MeasurementRow).where(MeasurementRow.study_id == study.id).order_by(MeasurementRow.rung)
+            found: dict[int, list[Measurement]] = {}
+            for row in session.scalars(query):
+                found.setdefault(row.trial, []).append(measurement_of(row))
+            return {number: tuple(measured) for number, measured in found.items()}
+
+    def block_losses(self, name: str, number: int, rung: int) -> tuple[float, ...]:
+        """Losses of the validation blocks of one trial on one rung; empty where none are stored."""
+        with self._read() as session:
+            mine = MeasurementRow.study_id == self._study_row(session, name).id
+            this = MeasurementRow.trial == number, MeasurementRow.rung == rung
+            return block_losses_of(session.scalar(select(MeasurementRow.block_losses).where(mine, *this)))
+
+    def unpromoted(self, name: str) -> list[int]:
+        """Numbers of the pruned trials that no other trial continues."""
+        with self._read() as session:
+            mine = TrialRow.study_id == self._study_row(session, name).id
+            pruned = select(TrialRow.number).where(mine, TrialRow.state == State.PRUNED)
+            return list(session.scalars(pruned.where(~_promoted(mine)).order_by(TrialRow.number)))
 
     def status(self, name: str) -> StudyStatus:
         """How far a study is."""
         with self._read() as session:
             study = self._study_row(session, name)
-            spec, counts = _spec(study), _counts(session, study)
+            spec, counts = spec_of(study), _counts(session, study)
             mine = TrialRow.study_id == study.id
-            spent = TrialRow.swap_seconds + TrialRow.finetune_seconds + TrialRow.score_seconds
             failures: Select[int, str | None] = (
                 select(TrialRow.number, TrialRow.reason).where(mine, TrialRow.state == State.FAILED)
             ).order_by(TrialRow.number)
             started, finished = session.execute(
                 select(func.max(TrialRow.started), func.max(TrialRow.finished)).where(mine)
             ).one()
+            wasted = and_(TrialRow.state == State.PRUNED, ~_promoted(mine))
+            seconds, pruned = session.execute(
+                select(func.sum(_SPENT), func.sum(case((wasted, _SPENT), else_=0.0)))
+                .join(TrialRow, and_(mine, TrialRow.number == MeasurementRow.trial))
+                .where(MeasurementRow.study_id == study.id)
+            ).one()
             return StudyStatus(
                 name=name,
                 wanted=spec.search.trials,
-                running=counts.get(State.RUNNING, 0),
-                complete=counts.get(State.COMPLETE, 0),
-                failed=counts.get(State.FAILED, 0),
-                requeued=counts.get(State.REQUEUED, 0),
+                **{state: counts.get(state, 0) for state in State},
                 best_loss=session.scalar(select(func.min(FrontRow.loss)).where(FrontRow.study == name)),
                 dense_loss=study.dense_loss,
-                seconds=float(session.scalar(select(func.sum(spent)).where(mine)) or 0.0),
+                seconds=float(seconds or 0.0),
+                pruned_seconds=float(pruned or 0.0),
                 failures=tuple((number, reason or "") for number, reason in session.execute(failures)),
                 last_activity=max((at for at in (started, finished) if at is not None), default=None),
                 unit=LOSS_UNITS[spec.model.task],
+                stop_reason=study.stop_reason,
             )
 
     # Writing
@@ -159,7 +247,7 @@ class StudyStore:
             session.add(
                 StudyRow(
                     name=spec.name,
-                    spec=_spec_json(spec),
+                    spec=spec_json(spec),
                     spec_digest=spec.digest,
                     facts=facts.to_json(),
                     created=datetime.now(UTC),
@@ -169,7 +257,7 @@ class StudyStore:
     def update_spec(self, spec: StudySpec) -> None:
         """Store a file that means the same but asks for another size or runs elsewhere."""
         with self._write() as session:
-            self._study_row(session, spec.name, lock=True).spec = _spec_json(spec)
+            self._study_row(session, spec.name, lock=True).spec = spec_json(spec)
 
     def set_dense_loss(self, name: str, loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """Store the validation loss of the dense model, nats per token, and its metrics."""
@@ -177,27 +265,86 @@ class StudyStore:
             row = self._study_row(session, name, lock=True)
             row.dense_loss, row.dense_metrics = loss, json.dumps(dict(metrics or {}))
 
-    def begin_trial(self, name: str, number: int, source: str, rank_map: RankMap, worker: str) -> None:
-        """Store a proposed rank map and who measures it."""
+    def set_stop_reason(self, name: str, reason: str | None) -> None:
+        """Store why a run has stopped; None while one is at work."""
         with self._write() as session:
-            session.add(
-                TrialRow(
-                    study_id=self._study_row(session, name).id,
-                    number=number,
-                    state=State.RUNNING,
-                    source=source,
-                    rank_map=_to_json(rank_map),
-                    rank_map_digest=rank_map.digest,
-                    worker=worker,
-                    started=datetime.now(UTC),
-                )
-            )
+            self._study_row(session, name, lock=True).stop_reason = reason
 
-    def complete_trial(self, name: str, number: int, measurement: Measurement) -> Measurement:
+    def begin_trial(
+        self,
+        name: str,
+        number: int,
+        source: str,
+        rank_map: RankMap,
+        worker: str,
+        *,
+        continues: int | None = None,
+        promotes: int | None = None,
+        refused: str | None = None,
+    ) -> TrialRecord:
+        """Store a proposed rank map and who measures it; or, where another trial has it, that it is skipped.
+
+        Args:
+            continues: number of the requeued trial whose measurements, if it has any, become this one's.
+            promotes: number of the pruned trial that this one continues.
+            refused: why it is not to be measured.
+        """
+        with self._write() as session:
+            # The lock on the study's row: of two workers with one rank map, the second sees the first one's.
+            study = self._study_row(session, name, lock=True)
+            row = TrialRow(
+                study_id=study.id,
+                number=number,
+                state=State.RUNNING,
+                source=source,
+                rank_map=rank_map_json(rank_map),
+                rank_map_digest=rank_map.digest,
+                promotes=promotes,
+                worker=worker,
+                started=datetime.now(UTC),
+            )
+            # The trial that this one is a second attempt of may not have been requeued yet.
+            row.same_as = _equal(session, row, [of for of in (continues, promotes) if of is not None])
+            if row.same_as is not None:
+                refused = f"trial {row.same_as} has the same rank map"
+            if refused is not None:
+                row.state, row.reason, row.finished = State.SKIPPED, refused, row.started
+            elif continues is not None:
+                for old in session.scalars(_rungs_query(study, continues)).all():
+                    new = MeasurementRow(study_id=study.id, trial=number, rung=old.rung, block_losses=old.block_losses)
+                    set_measurement(new, measurement_of(old))
+                    session.delete(old)
+                    session.add(new)
+            session.add(row)
+            return trial_record(row)
+
+    def add_measurement(self, name: str, number: int, rung: int, measurement: Measurement) -> None:
+        """Store what a trial has on a rung below the top; it goes on."""
+        with self._write() as session:
+            study = self._study_row(session, name, lock=True)
+            if self._trial_row(session, study, number).state == State.RUNNING:
+                _add_measurement(session, study, number, rung, measurement)
+
+    def prune_trial(self, name: str, number: int, rung: int, measurement: Measurement) -> None:
+        """Store what a trial has on a rung, with which it ends."""
+        with self._write() as session:
+            study = self._study_row(session, name, lock=True)
+            row = self._trial_row(session, study, number)
+            if row.state == State.RUNNING:
+                _add_measurement(session, study, number, rung, measurement)
+                set_measurement(row, measurement)
+                row.state, row.finished = State.PRUNED, datetime.now(UTC)
+
+    def complete_trial(
+        self, name: str, number: int, measurement: Measurement, *, rung: int = 0, infeasible: str | None = None
+    ) -> Measurement:
         """Store a measurement and bring the front up to date, both or neither.
 
         A trial that has a measurement already keeps it, so that telling twice changes nothing. A failed trial
         stays failed.
+
+        Args:
+            infeasible: which goal of the study it misses; it is then kept off the front.
 
         Returns:
             The stored measurement.
@@ -209,14 +356,17 @@ class StudyStore:
             # The lock on the study's row makes writers update its front one after the other.
             study = self._study_row(session, name, lock=True)
             row = self._trial_row(session, study, number)
-            stored = _measurement(row)
-            if stored is not None:
-                return stored
-            if row.state == State.FAILED:
-                raise StorageError(f"trial {number} of study {name!r} has failed and cannot be completed; ask again")
-            _set_measurement(row, measurement)
-            row.state, row.finished = State.COMPLETE, datetime.now(UTC)
-            _update_front(session, study, FrontPoint(number, _from_json(row.rank_map), measurement, row.source))
+            if row.state in MEASURED:
+                return measurement_of(row)
+            if row.state in {State.FAILED, State.SKIPPED}:
+                ended = "has failed" if row.state == State.FAILED else "was skipped"
+                raise StorageError(f"trial {number} of study {name!r} {ended} and cannot be completed; ask again")
+            _add_measurement(session, study, number, rung, measurement)
+            set_measurement(row, measurement)
+            row.finished, row.reason = datetime.now(UTC), infeasible
+            row.state = State.COMPLETE if infeasible is None else State.INFEASIBLE
+            if infeasible is None:
+                _update_front(session, study, FrontPoint(number, rank_map_of(row.rank_map), measurement, row.source))
             return measurement
 
     def fail_trial(self, name: str, number: int, reason: str) -> None:
@@ -262,6 +412,40 @@ class StudyStore:
         return row
 
 
+def _rungs_query(study: StudyRow, number: int) -> Select[MeasurementRow]:
+    mine = MeasurementRow.study_id == study.id, MeasurementRow.trial == number
+    return select(MeasurementRow).where(*mine).order_by(MeasurementRow.rung)
+
+
+def _promoted(mine: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether another trial continues a pruned one."""
+    return TrialRow.number.in_(select(TrialRow.promotes).where(mine, TrialRow.promotes.is_not(None)))
+
+
+def _equal(session: Session, row: TrialRow, but: list[int]) -> int | None:
+    """Number of a trial, ``but`` some, that has a new one's rank map: the one that got farthest."""
+    order = case(
+        {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
+    )
+    query = (
+        select(TrialRow.number)
+        .where(
+            TrialRow.study_id == row.study_id,
+            TrialRow.rank_map_digest == row.rank_map_digest,
+            TrialRow.state.in_([*FINISHED, State.RUNNING]),
+            TrialRow.number.not_in(but),
+        )
+        .order_by(order, TrialRow.number)
+    )
+    return session.scalar(query.limit(1))
+
+
+def _add_measurement(session: Session, study: StudyRow, number: int, rung: int, measurement: Measurement) -> None:
+    row = MeasurementRow(study_id=study.id, trial=number, rung=rung)
+    set_measurement(row, measurement)
+    session.add(row)
+
+
 def _trial_query(study: StudyRow, number: int) -> Select[TrialRow]:
     return select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == number)
 
@@ -282,7 +466,7 @@ def _update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
     for row in session.scalars(select(FrontRow).where(FrontRow.study == study.name)):
         if row.trial not in kept:
             session.delete(row)
-    session.add_all(_front_row(study.name, p) for p in new if p.trial not in old)
+    session.add_all(front_row(study.name, p) for p in new if p.trial not in old)
 
 
 def _stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
@@ -294,89 +478,6 @@ def _stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
         .order_by(FrontRow.num_params)
     )
     return [
-        FrontPoint(row.number, _from_json(row.rank_map), measurement, row.source)
+        FrontPoint(row.number, rank_map_of(row.rank_map), measurement_of(row), row.source)
         for row in session.scalars(query)
-        if (measurement := _measurement(row)) is not None
     ]
-
-
-def _front_row(study: str, point: FrontPoint) -> FrontRow:
-    measured = point.measurement
-    return FrontRow(
-        study=study,
-        trial=point.trial,
-        rank_map=_to_json(point.rank_map),
-        loss=measured.loss,
-        perplexity=measured.perplexity if math.isfinite(measured.perplexity) else None,
-        num_params=measured.num_params,
-        kept_of_targets=measured.kept_of_targets,
-        kept_of_model=measured.kept_of_model,
-        fidelity=measured.fidelity.label,
-    )
-
-
-def _to_json(rank_map: RankMap) -> str:
-    return json.dumps(dict(rank_map))
-
-
-def _from_json(text: str) -> RankMap:
-    return RankMap(_stored_json(text, "a rank map"))
-
-
-def _stored_json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise StorageError(f"{what} in the database is damaged ({error}); restore the database") from None
-
-
-def _spec_json(spec: StudySpec) -> str:
-    """The whole file with its defaults, so that later versions read what this one meant."""
-    return json.dumps(spec.model_dump(mode="json"))
-
-
-def _spec(row: StudyRow) -> StudySpec:
-    return parse_study(
-        _stored_json(row.spec, f"the file of study {row.name!r}"), where=f"study {row.name!r} in the database"
-    )
-
-
-def _study_record(row: StudyRow) -> StudyRecord:
-    metrics = _stored_json(row.dense_metrics or "{}", f"the metrics of study {row.name!r}")
-    return StudyRecord(row.name, _spec(row), StudyFacts.from_json(row.facts), row.dense_loss, row.created, metrics)
-
-
-def _trial_record(row: TrialRow) -> TrialRecord:
-    return TrialRecord(
-        number=row.number,
-        state=State(row.state),
-        source=row.source,
-        rank_map=_from_json(row.rank_map),
-        measurement=_measurement(row),
-        reason=row.reason,
-        worker=row.worker,
-        started=row.started,
-        finished=row.finished,
-    )
-
-
-_MEASURED = tuple(field.name for field in fields(Measurement))
-"""The columns of a measurement have the names of its fields."""
-
-
-def _measurement(row: TrialRow) -> Measurement | None:
-    """The measurement of a complete trial, None of any other."""
-    if row.state != State.COMPLETE:
-        return None
-    values = {name: getattr(row, name) for name in _MEASURED}
-    values["fidelity"] = Fidelity.from_label(row.fidelity or "")
-    values["metrics"] = _stored_json(row.metrics or "{}", "the metrics of a trial")
-    values["fold_losses"] = tuple(_stored_json(row.fold_losses or "[]", "the losses of a trial's folds"))
-    return Measurement(**values)
-
-
-def _set_measurement(row: TrialRow, measured: Measurement) -> None:
-    for name in _MEASURED:
-        setattr(row, name, getattr(measured, name))
-    row.fidelity = measured.fidelity.label
-    row.metrics, row.fold_losses = json.dumps(dict(measured.metrics)), json.dumps(measured.fold_losses)

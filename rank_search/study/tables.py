@@ -14,6 +14,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -67,22 +68,14 @@ class StudyRow(Base):
     dense_loss: Mapped[float | None] = mapped_column(Double)
     dense_metrics: Mapped[str | None] = mapped_column(LongText)
     """JSON: metric → value of the dense model."""
+    stop_reason: Mapped[str | None] = mapped_column(LongText)
+    """Why the last run stopped; none while one is at work or after an interrupt."""
     created: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
-class TrialRow(Base):
-    """A trial: one proposed rank map with what came of it. ``number`` is Optuna's."""
+class MeasuredColumns:
+    """A measurement: columns named as its fields, all empty where there is none."""
 
-    __tablename__ = "rank_search_trials"
-    __table_args__ = (UniqueConstraint("study_id", "number"),)
-
-    id: Mapped[int] = mapped_column(Integer, primary_key=True)
-    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
-    number: Mapped[int] = mapped_column(Integer)
-    state: Mapped[str] = mapped_column(String(16))
-    source: Mapped[str] = mapped_column(String(200))
-    rank_map: Mapped[str] = mapped_column(LongText)
-    rank_map_digest: Mapped[str] = mapped_column(String(64))
     loss: Mapped[float | None] = mapped_column(Double)
     standard_error: Mapped[float | None] = mapped_column(Double)
     num_params: Mapped[int | None] = mapped_column(BigInteger)
@@ -99,10 +92,45 @@ class TrialRow(Base):
     """JSON: metric → value; none in trials of versions that had no metrics."""
     fold_losses: Mapped[str | None] = mapped_column(LongText)
     """JSON: the loss of every fold."""
+
+
+class TrialRow(MeasuredColumns, Base):
+    """A trial: one proposed rank map with its measurement of the highest fidelity. ``number`` is Optuna's."""
+
+    __tablename__ = "rank_search_trials"
+    __table_args__ = (UniqueConstraint("study_id", "number"), Index(None, "study_id", "rank_map_digest"))
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str] = mapped_column(String(16))
+    source: Mapped[str] = mapped_column(String(200))
+    rank_map: Mapped[str] = mapped_column(LongText)
+    rank_map_digest: Mapped[str] = mapped_column(String(64))
+    same_as: Mapped[int | None] = mapped_column(Integer)
+    """Of a skipped trial: the number of the one that has its rank map."""
+    promotes: Mapped[int | None] = mapped_column(Integer)
+    """The number of the pruned trial that this one continues."""
     reason: Mapped[str | None] = mapped_column(LongText)
     worker: Mapped[str] = mapped_column(String(300))
     started: Mapped[datetime] = mapped_column(UtcDateTime)
     finished: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class MeasurementRow(MeasuredColumns, Base):
+    """A measurement of a trial on one rung; a trial that climbs has several."""
+
+    __tablename__ = "rank_search_measurements"
+    __table_args__ = (UniqueConstraint("study_id", "trial", "rung"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    trial: Mapped[int] = mapped_column(Integer)
+    rung: Mapped[int] = mapped_column(Integer)
+    block_losses: Mapped[str | None] = mapped_column(LongText)
+    """JSON: losses of the validation blocks, whose mean ``loss`` is."""
+    train_losses: Mapped[str | None] = mapped_column(LongText)
+    """JSON: losses of the steps of the trial's own fine-tune."""
 
 
 class FrontRow(Base):
@@ -120,3 +148,17 @@ class FrontRow(Base):
     kept_of_targets: Mapped[float] = mapped_column(Double)
     kept_of_model: Mapped[float] = mapped_column(Double)
     fidelity: Mapped[str] = mapped_column(String(16))
+
+
+class BoardRow(Base):
+    """Whose turn it is to write what a dashboard shows of a study."""
+
+    __tablename__ = "rank_search_boards"
+
+    study_id: Mapped[int] = mapped_column(
+        ForeignKey(StudyRow.id, ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    worker: Mapped[str] = mapped_column(String(300))
+    """Who had the last turn, or has it."""
+    free: Mapped[datetime] = mapped_column(DateTime)
+    """When the next one may be taken, by the database's clock."""

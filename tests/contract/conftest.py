@@ -1,15 +1,19 @@
 """Every test of this folder runs against SQLite and against a real PostgreSQL server; none is ever skipped.
 
 The server is the one of ``RANK_SEARCH_TEST_POSTGRES`` (a URL whose user may create databases), else an embedded one.
+Where MariaDB is installed, the tests of what is stored run against a server of it as well.
 """
 
 from __future__ import annotations
 
+import getpass
 import itertools
 import multiprocessing
 import os
 import shutil
+import subprocess
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import OperationalError
 
 from rank_search.study.engine import make_engine
 from rank_search.study.schema import ensure_schema
@@ -65,6 +70,59 @@ class Postgres:
         engine.dispose()
 
 
+class MariaDb:
+    """A server in a folder of its own, in which tests make databases."""
+
+    def __init__(self, folder: Path) -> None:
+        user = getpass.getuser()
+        data, self._socket = folder / "data", folder / "socket"
+        options = ["--no-defaults", f"--datadir={data}", f"--user={user}"]
+        install = ["mariadb-install-db", *options, "--auth-root-authentication-method=normal"]
+        subprocess.run(install, check=True, capture_output=True)
+        command = ["mariadbd", *options, f"--socket={self._socket}", "--skip-networking"]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._names = (f"rank_search_test_{number}" for number in itertools.count())
+        deadline = time.monotonic() + 30
+        while not self._answers():
+            assert self._process.poll() is None, "mariadbd has ended"
+            assert time.monotonic() < deadline, "mariadbd does not answer"
+            time.sleep(0.1)
+
+    @contextmanager
+    def database(self, *, with_schema: bool) -> Iterator[str]:
+        """A new database."""
+        name = next(self._names)
+        self._run(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+        url = f"mysql+pymysql://root@localhost/{name}?unix_socket={self._socket}"
+        if with_schema:
+            make_schema(url)
+        try:
+            yield url
+        finally:
+            self._run(f"DROP DATABASE {name}")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        if not self._socket.exists():  # a driver that is refused leaves its own socket open
+            return False
+        try:
+            self._run("SELECT 1")
+        except OperationalError:
+            return False
+        return True
+
+    def _run(self, statement: str) -> None:
+        engine = create_engine(f"mysql+pymysql://root@localhost/?unix_socket={self._socket}")
+        try:
+            with engine.connect() as connection:
+                connection.execute(text(statement))
+        finally:
+            engine.dispose()
+
+
 def make_schema(storage: str) -> None:
     """Make all tables of a database."""
     engine = make_engine(storage)
@@ -93,6 +151,16 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDb]:
+    """The server, started once."""
+    folder = Path(tempfile.mkdtemp(prefix="rs-my-"))  # the path of its socket must be short, too
+    server = MariaDb(folder)
+    yield server
+    server.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file with all tables, made once."""
     file = tmp_path_factory.mktemp("template") / "study.db"
@@ -100,7 +168,11 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+BACKENDS = ["sqlite", "postgresql"]
+EVERY_BACKEND = [*BACKENDS, *(["mariadb"] if shutil.which("mariadbd") else [])]
+
+
+@pytest.fixture(params=EVERY_BACKEND)
 def backend(request: pytest.FixtureRequest) -> str:
     """The kind of database."""
     return str(request.param)
@@ -112,7 +184,8 @@ def empty_storage(backend: str, tmp_path: Path, request: pytest.FixtureRequest) 
     if backend == "sqlite":
         yield f"sqlite:///{tmp_path}/study.db"
         return
-    with request.getfixturevalue("postgres").database(with_schema=False) as url:
+    server = request.getfixturevalue("postgres" if backend == "postgresql" else backend)
+    with server.database(with_schema=False) as url:
         yield url
 
 
@@ -123,7 +196,8 @@ def storage(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
         shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "study.db")
         yield f"sqlite:///{tmp_path}/study.db"
         return
-    with request.getfixturevalue("postgres").database(with_schema=True) as url:
+    server = request.getfixturevalue("postgres" if backend == "postgresql" else backend)
+    with server.database(with_schema=True) as url:
         yield url
 
 

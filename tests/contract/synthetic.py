@@ -10,15 +10,16 @@ import numpy as np
 
 from rank_search.allocation import Allocator
 from rank_search.measurement import Fidelity, Measurement
-from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
 from rank_search.spec import StudySpec, parse_study
 from rank_search.study.facts import StudyFacts
 from rank_search.study.study import Proposal, Study
 
 
 def make_allocator(
-    layers: int = 3, groups: tuple[tuple[str, int, int], ...] = (("attn", 12, 12), ("mlp", 12, 20)), multiple: int = 1
-) -> Allocator:
+    layers: int = 3, groups: tuple[tuple[str, int, int], ...] = (("attn", 12, 12), ("mlp", 12, 20)), multiple: int = 1,
+    storage: Storage = "two-factor",
+) -> Allocator:  # fmt: skip
     """Blocks of a few layers whose predicted rises decay geometrically, each at its own pace."""
     shapes = tuple(
         LayerShape(f"block.{depth}.{group}", m, n, group, depth) for depth in range(layers) for group, m, n in groups
@@ -28,7 +29,7 @@ def make_allocator(
         decay = 0.5 + 0.4 * (index % 5) / 5
         energies = decay ** np.arange(min(shape.m, shape.n)) * 0.05 * (1 + index)
         tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
-    return Allocator(RankSpace(shapes, 5000, multiple=multiple), tails)
+    return Allocator(RankSpace(shapes, 5000, storage, multiple), tails)
 
 
 def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
@@ -58,9 +59,12 @@ def open_study(storage: str, name: str = "tiny", **search: Any) -> Study:
     return Study.open(make_spec(name, **search), storage, allocator, make_facts(allocator))
 
 
-def measure(rank_map: RankMap, loss: float | None = None, fidelity: Fidelity = Fidelity.TUNED) -> Measurement:
+def measure(
+    rank_map: RankMap, loss: float | None = None, fidelity: Fidelity = Fidelity.TUNED,
+    allocator: Allocator | None = None,
+) -> Measurement:  # fmt: skip
     """What an evaluation of ``rank_map`` would return; without a ``loss``, the predicted one."""
-    allocator = make_allocator()
+    allocator = make_allocator() if allocator is None else allocator
     space = allocator.space
     return Measurement(
         loss=3.0 + allocator.predicted_rise(rank_map) if loss is None else loss,

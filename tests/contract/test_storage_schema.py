@@ -119,3 +119,6 @@ def test_a_database_of_the_version_before_metrics_is_upgraded_and_read(storage: 
     with StudyStore(storage) as store:
         assert store.study("tiny").dense_metrics == {}
         assert store.trials("tiny")[0].measurement == replace(stored, metrics={}, fold_losses=())
+        # Every trial of that version was measured once, on the only rung.
+        assert store.measurements("tiny", 0) == (replace(stored, metrics={}, fold_losses=()),)
+        assert store.status("tiny").seconds == stored.seconds

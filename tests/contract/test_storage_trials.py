@@ -33,7 +33,7 @@ def measured(loss: float, num_params: int, fidelity: Fidelity = Fidelity.TUNED) 
 
 
 def complete(store: StudyStore, number: int, measurement: Measurement) -> FrontPoint:
-    rank_map = RankMap({"block.0.attn": 1 + number % 5})
+    rank_map = RankMap({"block.0.attn": 1 + number})
     store.begin_trial("tiny", number, "tpe", rank_map, "host:1:")
     store.complete_trial("tiny", number, measurement)
     return FrontPoint(number, rank_map, measurement, "tpe")
@@ -130,7 +130,7 @@ def test_status_counts_and_sums(store: StudyStore) -> None:
     complete(store, 0, measured(1.0, 10))
     complete(store, 1, measured(2.0, 5))
     for number in (2, 3, 4):
-        store.begin_trial("tiny", number, "tpe", MAP, "host:1:")
+        store.begin_trial("tiny", number, "tpe", RankMap({"block.0.attn": 1 + number}), "host:1:")
     store.fail_trial("tiny", 2, "no memory")
     store.requeue_trial("tiny", 3, "interrupted")
     status = store.status("tiny")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rank_search.errors import BudgetError, RankMapError
-from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
+from rank_search.errors import BudgetError, RankMapError, TargetError
+from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage, frozen_ranks
 
 sizes = st.integers(1, 60)
 storages = st.sampled_from(["two-factor", "pivoted"])
@@ -90,6 +90,21 @@ def test_only_multiples_are_allowed() -> None:
     assert list(space.ranks(space["thin"])) == []
     assert [space.max_rank(shape) for shape in space.shapes] == [8, 3, 0]
     assert space.min_params == 4 * 50 + 3 * 16 + 50
+
+
+def test_a_frozen_layer_has_one_choice() -> None:
+    shapes = _space().shapes
+    frozen = frozen_ranks(shapes, {"*": "dense", "a": 7}, "two-factor")
+    assert frozen == (("a", 7), ("b", None), ("thin", None))
+    space = RankSpace(shapes, 2000, multiple=4, frozen=frozen)
+    assert [list(space.ranks(shape)) for shape in shapes] == [[7], [], []]
+    assert [space.may_be_dense(shape) for shape in shapes] == [False, True, True]
+    assert space.min_params == space.max_params == 7 * 50 + 64 + 50
+    assert space.with_storage("pivoted").frozen == frozen
+    with pytest.raises(TargetError, match="pattern 'c' fits no target layer"):
+        frozen_ranks(shapes, {"c": 3}, "two-factor")
+    with pytest.raises(TargetError, match=r"gives b rank 4, but above 3 its \(8, 8\) matrix is smaller dense"):
+        frozen_ranks(shapes, {"*": 4}, "two-factor")
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 30), storages)

@@ -1,4 +1,4 @@
-"""The two search spaces: what they decode to, and that seeds are exact in both."""
+"""The search spaces: what they decode to, and that seeds are exact in all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from rank_search.allocation import Allocator
 from rank_search.errors import BudgetError, RankMapError, StudyFileError
 from rank_search.ranks import LayerShape, RankMap, RankSpace
-from rank_search.study.space import DirectSpace, MultiplierSpace, Params, SearchSpace, ladder, make_space
+from rank_search.study.space import (
+    DirectSpace,
+    MultiplierSpace,
+    Params,
+    SearchSpace,
+    ladder,
+    make_space,
+    random_params,
+)
 from tests.contract.synthetic import make_allocator, make_spec
 
 
@@ -24,7 +32,7 @@ def draw(space: SearchSpace, rng: np.random.Generator) -> Params:
     return params
 
 
-@pytest.mark.parametrize("name", ["multipliers", "direct"])
+@pytest.mark.parametrize("name", ["multipliers", "groups", "direct"])
 def test_seeds_decode_to_the_allocations_themselves(name: str) -> None:
     allocator, search = make_allocator(), make_spec(space=name).search
     space = make_space(search, allocator)
@@ -93,6 +101,38 @@ def test_terms_that_scale_all_layers_alike_are_left_out(layers: int, groups: int
     allocator.space.validate(space.decode(draw(space, rng)))
 
 
+def test_groups_are_layer_types_in_stretches_of_blocks() -> None:
+    allocator = make_allocator(layers=5)
+    search = make_spec(space="groups", depth_buckets=2, multiplier_range=3.0, ladder=[0.5]).search
+    space = make_space(search, allocator)
+    names = [name for name in space.distributions if name.startswith("u.")]
+    assert names == ["u.attn.0", "u.attn.1", "u.mlp.0", "u.mlp.1"]
+    neutral = space.encode(ladder(search, allocator)[0])
+
+    def held(params: Params) -> dict[tuple[str, int], int]:
+        rank_map, found = space.decode(params), dict[tuple[str, int], int]()
+        for shape in allocator.space.shapes:
+            place = (shape.group, int(shape.depth > 2))
+            found[place] = found.get(place, 0) + shape.params(rank_map.get(shape.name))
+        return found
+
+    before, after = held(neutral), held({**neutral, "u.mlp.1": 2.0})
+    assert after["mlp", 1] > before["mlp", 1]
+    assert all(after[place] <= before[place] for place in before if place != ("mlp", 1))
+
+
+@pytest.mark.parametrize(("layers", "buckets", "count"), [(3, None, 6), (8, None, 8), (8, 3, 6), (1, 4, 2)])
+def test_there_are_no_more_buckets_than_blocks(layers: int, buckets: int | None, count: int) -> None:
+    space = make_space(make_spec(space="groups", depth_buckets=buckets).search, make_allocator(layers))
+    assert sum(name.startswith("u.") for name in space.distributions) == count
+
+
+def test_multipliers_of_a_model_with_seven_layer_types_are_few() -> None:
+    types = tuple((name, 12, 12) for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    space = make_space(make_spec().search, make_allocator(30, types))
+    assert 8 <= len(space.distributions) - 1 <= 20
+
+
 def test_the_kept_range_starts_where_the_smallest_ranks_are_met() -> None:
     allocator = make_allocator(multiple=3)
     space = make_space(make_spec(min_kept=0.01, ladder=[0.8]).search, allocator)
@@ -141,3 +181,21 @@ def test_a_layer_that_can_only_be_dense_has_no_direct_parameter() -> None:
     space = DirectSpace(Allocator(RankSpace(shapes, 100), tails))
     assert list(space.distributions) == ["wide"]
     assert space.decode({"wide": 3}) == RankMap()
+
+
+def test_every_rank_map_of_a_space_keeps_frozen_layers_as_they_are() -> None:
+    free = make_allocator()
+    frozen = (("block.0.attn", 2), ("block.1.mlp", None))
+    space = RankSpace(free.space.shapes, free.space.model_params, frozen=frozen)
+    allocator = Allocator(space, {curve.shape.name: np.linspace(1.0, 0.0, 13) for curve in free.curves})
+    direct = DirectSpace(allocator)
+    assert sorted(set(curve.shape.name for curve in free.curves) - direct.distributions.keys()) == [
+        n for n, _ in frozen
+    ]
+    drawn = [direct.decode(random_params(direct.distributions, str(seed))) for seed in range(5)]
+    maps = [*drawn, allocator.closed_form(0.6), allocator.uniform(0.6), allocator.blend(0.6, 0.5)]
+    assert {(rank_map.get("block.0.attn"), rank_map.get("block.1.mlp")) for rank_map in maps} == {(2, None)}
+    assert all(allocator.predicted_rise(rank_map) > 0 for rank_map in maps)
+    assert direct.decode(direct.encode_map(drawn[0])) == drawn[0]
+    with pytest.raises(RankMapError, match=r"block\.0\.attn may not have rank 3"):
+        direct.encode_map(RankMap({"block.0.attn": 3}))

@@ -1,0 +1,21 @@
+"""Exit codes of a worker, by which whoever keeps it alive knows what to do. Pure."""
+
+from __future__ import annotations
+
+from rank_search.errors import InputError, RankSearchError, StorageError
+
+DONE = 0
+"""The study has its trials."""
+UNAVAILABLE = 69
+"""The database could not be reached or refused something: worth another try, later."""
+PREEMPTED = 75
+"""Asked to stop; its trial is stored or waits to be proposed again: start the worker again."""
+CONFIGURATION = 78
+"""What the user gave is wrong: another try would end the same way."""
+
+
+def exit_code(error: RankSearchError) -> int:
+    """The exit code of a worker that ends with ``error``."""
+    if isinstance(error, StorageError):
+        return UNAVAILABLE
+    return CONFIGURATION if isinstance(error, InputError) else error.exit_code

@@ -1,0 +1,93 @@
+"""What is launched, and what every engine offers. Pure."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """So many workers on one study.
+
+    Attributes:
+        study: the study file.
+        name: of the study.
+        storage: URL of its database.
+        logs: folder for the workers' logs.
+        trials: finished trials wanted, None: the file's own number.
+        workers: how many, None: as many as the place has room for.
+        gpus_per_worker: GPUs that each worker sees, None: one where there are GPUs, else none.
+        grace: seconds that a worker which is asked to stop may take to finish its trial.
+    """
+
+    study: Path
+    name: str
+    storage: str
+    logs: Path
+    trials: int | None = None
+    workers: int | None = None
+    gpus_per_worker: int | None = None
+    grace: float = 30.0
+
+    def command(self, study: str | None = None, python: str = sys.executable) -> tuple[str, ...]:
+        """The command line of a worker; its database is in the environment, for command lines are there to be read.
+
+        Args:
+            study: where the study file is on the worker's machine, None: where it is here.
+        """
+        trials = () if self.trials is None else ("--trials", str(self.trials))
+        where = str(self.study.resolve()) if study is None else study
+        return (python, "-m", "rank_search", "worker", where, *trials, "--grace", f"{self.grace:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker as its engine sees it.
+
+    Attributes:
+        name: among the workers of a launch.
+        device: GPUs or cores, or the node it runs on.
+        state: ``running``, ``waiting`` (to be started or started again), ``done``, ``stopped``, or ``given up``.
+        restarts: how often it was started again.
+        identity: of its process, as the database names it; None where that is not known.
+        note: why it was given up or waits.
+        pid: process id, where it runs on this host.
+        exit_code: of its last end.
+    """
+
+    name: str
+    device: str
+    state: str
+    restarts: int = 0
+    identity: str | None = None
+    note: str = ""
+    pid: int | None = None
+    exit_code: int | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not run again."""
+        return self.state in {"done", "stopped", "given up"}
+
+
+class Launcher(Protocol):
+    """An engine that keeps workers alive."""
+
+    def start(self) -> None:
+        """Start all workers.
+
+        Raises:
+            InputError: the engine is not there, or what was asked for does not fit it.
+        """
+
+    def workers(self) -> list[Worker]:
+        """All workers as they are now. Engines that leave restarting to their caller do it here."""
+
+    def stop(self) -> None:
+        """Ask all workers to stop; the second time, to stop at once."""
+
+    def kill(self) -> None:
+        """End all workers that are still there."""

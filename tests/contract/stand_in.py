@@ -1,0 +1,56 @@
+"""A stand-in worker: the study over the made-up model, a pause for each trial, and whatever ill it is told to do.
+
+python -m tests.contract.stand_in TRIALS SECONDS [ILL]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rank_search.api import STORAGE_VARIABLE
+from rank_search.launch import exits
+from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
+from tests.contract.synthetic import measure, open_study
+
+
+def main(trials: int, seconds: float, ill: str = "") -> int:
+    """Measure until the study has ``trials`` finished ones."""
+    if ill == "misconfigured":
+        print("study file x.toml: no such file")
+        return exits.CONFIGURATION
+    if ill == "dies at start":
+        print("some library\nlibcuda.so.1: cannot open shared object file")
+        return 1
+    if ill == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_supervisor()
+    study = open_study(os.environ[STORAGE_VARIABLE], ladder=[0.5])
+    with Stopping(grace=10.0) as stopping:
+        if ill == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while study.finished() < trials:
+            proposal = study.ask()
+            stopping.measuring()
+            try:
+                if ill.startswith("killed once") and not (marker := Path(ill.split(":", 1)[1])).exists():
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(seconds)
+            except BaseException:
+                study.requeue(proposal)
+                raise
+            study.tell(proposal, measure(proposal.rank_map))
+            stopping.after_trial()
+    study.close()
+    return exits.DONE
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]))
+    except Preempted:
+        sys.exit(exits.PREEMPTED)

@@ -1,0 +1,244 @@
+"""Slurm through submitit, its local executor and the script it would submit; Kubernetes by its manifest's schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rank_search.errors import InputError, StorageError
+from rank_search.launch import exits
+from rank_search.launch.job import Job
+from rank_search.launch.kubernetes import KubernetesLauncher, KubernetesOptions, manifest, workers_of
+from rank_search.launch.launching import launch
+from rank_search.launch.slurm import SlurmLauncher, SlurmWorker
+from rank_search.launch.supervisor import View
+from rank_search.study.records import State
+from rank_search.study.store import StudyStore
+from tests.conftest import StudyFactory
+from tests.contract.conftest import Postgres
+
+ROOT = Path(__file__).parents[2]
+SERVER = "postgresql://search@database/search"
+
+
+class Board:
+    """Keeps what was shown."""
+
+    def __init__(self) -> None:
+        self.views: list[View] = []
+
+    def show(self, view: View) -> None:
+        self.views.append(view)
+
+
+@pytest.fixture
+def storage(postgres: Postgres) -> Iterator[str]:
+    """Once is enough, on the database that clusters use."""
+    with postgres.database(with_schema=True) as url:
+        yield url
+
+
+def make_job(folder: Path, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "study": folder / "demo" / "study.toml", "name": "Demo_1", "storage": SERVER, "logs": folder / "logs",
+        "workers": 3,
+    }  # fmt: skip
+    return Job(**{**values, **changes})
+
+
+@pytest.mark.slow
+def test_submitit_runs_the_workers_of_a_real_study(
+    storage: str, tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK_SEARCH_STORAGE", storage)
+    board = Board()
+    options = {"cluster": "local", "cpus": "1"}
+    assert launch(tiny_study(), board, workers=2, on="slurm", options=options, storage=storage) == exits.DONE
+    assert [worker.state for worker in board.views[-1].workers] == ["done", "done"]
+    with StudyStore(storage) as store:
+        trials = store.trials("tiny")
+    assert sum(trial.state is State.COMPLETE for trial in trials) >= 4
+    assert len({trial.worker for trial in trials}) == 2
+
+
+def test_the_script_for_slurm_asks_for_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    script = tmp_path / "script.sh"
+    (programs / "sbatch").write_text(f'#!/bin/sh\ncp "$1" {script}\necho Submitted batch job 17\n', encoding="utf-8")
+    for name in ("srun", "scancel", "sacct"):
+        (programs / name).write_text("#!/bin/sh\n", encoding="utf-8")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("RANK_SEARCH_STORAGE", "unset")
+    options = {"partition": "gpu", "account": "me", "minutes": "90", "cpus": "6", "setup": "module load cuda"}
+    launcher = SlurmLauncher.of(make_job(tmp_path, gpus_per_worker=2), options, on_cpu=False)
+    launcher.start()
+    text = script.read_text(encoding="utf-8")
+    asked = set(re.findall(r"^#SBATCH --(\S+)", text, re.MULTILINE))
+    assert {
+        "array=0-2%3", "gpus-per-node=2", "partition=gpu", "account=me", "time=90", "cpus-per-task=6", "requeue",
+        "open-mode=append", "signal=USR2@60", "job-name=rank-search-Demo_1", "mem=64GB",
+    } <= asked  # fmt: skip
+    assert "\nmodule load cuda\n" in text
+    assert SERVER not in text
+    assert all(SERVER.encode() not in path.read_bytes() for path in (tmp_path / "logs").rglob("*") if path.is_file())
+    assert os.environ["RANK_SEARCH_STORAGE"] == SERVER  # which sbatch passes on
+
+
+def test_a_preempted_task_stops_its_worker_and_is_submitted_again(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"told = pathlib.Path({str(told)!r})\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (told.write_text('stopped'), sys.exit({exits.PREEMPTED})))\n"
+        "told.write_text('ready')\ntime.sleep(60)"
+    )
+    task = SlurmWorker((sys.executable, "-c", code), grace=5.0)
+    submitted: list[Any] = []
+
+    def preempt() -> None:
+        while not told.exists() or told.read_text(encoding="utf-8") != "ready":
+            time.sleep(0.05)
+        submitted.append(task.checkpoint())
+
+    thread = threading.Thread(target=preempt)
+    thread.start()
+    assert task() == exits.PREEMPTED
+    thread.join()
+    assert told.read_text(encoding="utf-8") == "stopped"
+    again = submitted[0].function
+    assert (again.command, again.grace, again.process) == (task.command, task.grace, None)
+
+
+def test_slurm_needs_a_server_and_a_number(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="an SQLite database is for one; use PostgreSQL"):
+        SlurmLauncher.of(make_job(tmp_path, storage="sqlite:///study.db"), {}, on_cpu=True)
+    with pytest.raises(InputError, match="give --workers N"):
+        SlurmLauncher.of(make_job(tmp_path, workers=None), {}, on_cpu=True)
+    with pytest.raises(InputError, match="no option 'partitoin'; did you mean 'partition'"):
+        SlurmLauncher.of(make_job(tmp_path), {"partitoin": "gpu"}, on_cpu=True)
+    with pytest.raises(InputError, match=r"option minutes: Input should be a valid integer.*not 'soon'"):
+        SlurmLauncher.of(make_job(tmp_path), {"minutes": "soon"}, on_cpu=True)
+
+
+OPTIONS = {"image": "registry.example/rank-search:1", "volume": "studies"}
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_the_manifest_keeps_to_the_official_schema(tmp_path: Path, gpus: int) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    made = manifest(make_job(tmp_path), KubernetesOptions(**OPTIONS), gpus)
+    for version in ("1.33", "1.37"):
+        validate.validate(yaml.safe_load(yaml.safe_dump(made)), version, strict=True)
+    made["spec"]["completion"] = 3
+    with pytest.raises(validate.ValidationError):
+        validate.validate(made, "1.37", strict=True)
+
+
+def test_the_manifest_says_what_was_asked(tmp_path: Path) -> None:
+    made = manifest(make_job(tmp_path, trials=40), KubernetesOptions(**OPTIONS, cpu="8"), 2)
+    assert made["metadata"]["name"] == "rank-search-demo-1"
+    spec, pod = made["spec"], made["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
+    rules = spec["podFailurePolicy"]["rules"]
+    assert [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules] == [
+        ("FailIndex", [exits.CONFIGURATION]), ("Ignore", [exits.PREEMPTED]), ("Ignore", None),
+    ]  # fmt: skip
+    (container,) = pod["containers"]
+    command = "python -m rank_search worker /studies/demo/study.toml --trials 40 --grace 30"
+    assert container["command"] == command.split()
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert pod["terminationGracePeriodSeconds"] == 60
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert SERVER not in json.dumps(made)
+    assert {"name": "RANK_SEARCH_STORAGE_FILE", "value": "/run/secrets/rank-search/url"} in container["env"]
+    assert "nvidia.com/gpu" not in json.dumps(manifest(make_job(tmp_path), KubernetesOptions(**OPTIONS), 0))
+
+
+def pod(index: int, made: str, phase: str, code: int | None = None) -> dict[str, Any]:
+    ended = [] if code is None else [{"state": {"terminated": {"exitCode": code}}}]
+    return {
+        "metadata": {
+            "creationTimestamp": made, "annotations": {"batch.kubernetes.io/job-completion-index": str(index)}
+        },
+        "spec": {"nodeName": f"node-{index}", "hostname": f"rank-search-demo-1-{index}"},
+        "status": {"phase": phase, "containerStatuses": ended},
+    }  # fmt: skip
+
+
+def test_workers_are_read_from_the_pods() -> None:
+    pods = [
+        pod(0, "2026-01-01T00:00:02Z", "Running"), pod(0, "2026-01-01T00:00:00Z", "Failed", 75),
+        pod(1, "2026-01-01T00:00:00Z", "Succeeded", 0), pod(2, "2026-01-01T00:00:00Z", "Failed", 78),
+        pod(3, "2026-01-01T00:00:00Z", "Pending"),
+    ]  # fmt: skip
+    workers = workers_of({"status": {"failedIndexes": "2,5-6"}}, pods, 5)
+    assert [(w.state, w.restarts, w.exit_code) for w in workers] == [
+        ("running", 1, None), ("done", 0, 0), ("given up", 0, 78), ("waiting", 0, None), ("waiting", 0, None)
+    ]  # fmt: skip
+    assert workers[0].identity == "rank-search-demo-1-0"
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name that notes how it is called, and knows of two pods that are done."""
+    calls, answers = tmp_path / "calls", tmp_path / "answers"
+    answers.mkdir()
+    pods = {"items": [pod(index, "2026-01-01T00:00:00Z", "Succeeded", 0) for index in range(2)]}
+    (answers / "pods").write_text(json.dumps(pods), encoding="utf-8")
+    (answers / "job").write_text(json.dumps({"status": {}}), encoding="utf-8")
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$3" = get ] && cat "{answers}/$4"\n'
+        '[ "$4" = refuse ] && { echo "error: no such thing" >&2; exit 1; }\nexit 0\n',
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return calls
+
+
+def test_the_manifest_is_applied_and_the_job_deleted_when_it_is_to_stop(kubectl: Path, tmp_path: Path) -> None:
+    launcher = KubernetesLauncher.of(make_job(tmp_path, workers=2), {**OPTIONS, "namespace": "ml"}, on_cpu=True)
+    launcher.start()
+    written = tmp_path / "logs" / "Demo_1.job.yaml"
+    assert yaml.safe_load(written.read_text(encoding="utf-8"))["kind"] == "Job"
+    assert [worker.state for worker in launcher.workers()] == ["done", "done"]
+    launcher.kill()  # of workers that have ended nothing is deleted
+    launcher.stop()
+    calls = kubectl.read_text(encoding="utf-8").splitlines()
+    assert calls[0] == f"--namespace ml apply -f {written}"
+    assert [call.split()[2] for call in calls] == ["apply", "get", "get", "delete"]
+
+
+def test_kubernetes_asks_for_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--on kubernetes needs --option image=\.\.\.: The worker image"):
+        KubernetesLauncher.of(make_job(tmp_path), {"volume": "studies"}, on_cpu=True)
+    with pytest.raises(InputError, match="give --workers N"):
+        KubernetesLauncher.of(make_job(tmp_path, workers=None), OPTIONS, on_cpu=True)
+
+
+def test_the_launcher_loads_no_torch_and_no_engine() -> None:
+    code = (
+        "import importlib, json, pkgutil, sys\nimport rank_search.launch as package\n"
+        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "import rank_search.study.upgrading\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(json.loads(done.stdout)) & {"torch", "transformers", "datasets", "ray", "submitit", "yaml"}

@@ -1,0 +1,271 @@
+"""A study as one file: everything of it comes back, in any other database, or nothing does."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import Engine, text
+
+from rank_search.errors import StorageError
+from rank_search.study import schema
+from rank_search.study.consistency import check_database
+from rank_search.study.engine import make_engine
+from rank_search.study.portable import dump_study, load_study
+from rank_search.study.records import State
+from rank_search.study.rows import STUDIES, reflected, rows_of, snapshot, study_tables
+from rank_search.study.store import StudyStore
+from tests.contract.synthetic import measure, open_study, run_trials
+
+
+@pytest.fixture
+def other(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty database of the other kind."""
+    if backend == "postgresql":
+        yield f"sqlite:///{tmp_path}/other.db"
+        return
+    with request.getfixturevalue("postgres").database(with_schema=False) as url:
+        yield url
+
+
+def fill(storage: str, name: str = "tiny", sampler: str = "tpe") -> None:
+    """A study with measurements, a failure, a requeued trial that waits, and one that runs."""
+    study = open_study(storage, name, sampler=sampler, ladder=[0.5])
+    run_trials(study, 3)
+    study.fail(study.ask(), "validation loss is nan")
+    study.ask()
+    study.requeue(study.ask())
+    study.set_dense_loss(2.5, {"accuracy": 0.5})
+    study.close()
+
+
+def rows(engine: Engine, name: str) -> list[tuple[str, dict[str, object]]]:
+    with snapshot(engine) as connection:
+        return list(rows_of(connection, name))
+
+
+def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str, other: str) -> None:
+    open_study(storage, "first").close()  # so that ids differ
+    fill(storage)
+    assert load_study(other, dump_study(storage, "tiny"), "the file") == "tiny"
+    with StudyStore(storage) as here, StudyStore(other) as there:
+        assert there.study("tiny") == here.study("tiny")
+        assert there.trials("tiny") == here.trials("tiny")
+        assert there.front("tiny") == here.front("tiny") == here.recompute_front("tiny")
+        states = {trial.state for trial in there.trials("tiny")}
+    assert states == {State.COMPLETE, State.FAILED, State.RUNNING, State.REQUEUED}
+    assert check_database(other) == ()
+    proposals = []
+    for url in (storage, other):
+        study = open_study(url, ladder=[0.5])
+        proposals.append([(p.number, p.source, p.rank_map) for p in run_trials(study, 3)])
+        study.close()
+    assert proposals[0] == proposals[1]
+
+
+def test_the_file_of_an_imported_study_is_the_same_but_for_ids(storage: str, other: str) -> None:
+    open_study(storage, "first").close()
+    fill(storage)
+    load_study(other, dump_study(storage, "tiny"), "the file")
+    kept = []
+    for url in (storage, other):
+        engine = make_engine(url)
+        kept.append([(t, {k: v for k, v in row.items() if not k.endswith("id")}) for t, row in rows(engine, "tiny")])
+        engine.dispose()
+    assert kept[0] == kept[1]
+    assert len(kept[0]) > 60
+
+
+def test_parents_of_a_genetic_sampler_stay_the_same_trials(storage: str, other: str) -> None:
+    open_study(storage, "first").close()
+    study = open_study(storage, sampler="nsga2", ladder=[0.5])
+    run_trials(study, 36)
+    study.close()
+    open_study(other, "first").close()
+    study = open_study(other, "second", ladder=[0.5])
+    study.requeue(study.ask())
+    study.close()
+    load_study(other, dump_study(storage, "tiny"), "the file")
+    proposals = []
+    for url in (storage, other):
+        study = open_study(url, sampler="nsga2", ladder=[0.5])
+        proposals.append([proposal.rank_map for proposal in run_trials(study, 2)])
+        study.close()
+    assert proposals[0] == proposals[1]
+
+
+def test_no_table_of_studies_is_left_out(storage: str) -> None:
+    engine = make_engine(storage)
+    with snapshot(engine) as connection:
+        metadata = reflected(connection)
+        carried = {table.name for table, _ in study_tables(metadata, "tiny")}
+    engine.dispose()
+    versions = {"alembic_version", "version_info", schema.VERSION_TABLE}
+    assert metadata.tables.keys() - carried == versions | {"trial_heartbeats"}
+    assert STUDIES.keys() <= carried
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_changes(storage: str) -> None:
+    fill(storage)
+    content = dump_study(storage, "tiny")
+    with pytest.raises(StorageError, match=r"has a study 'tiny' already; give another database"):
+        load_study(storage, content, "the file")
+    assert dump_study(storage, "tiny") == content
+
+
+def test_an_import_that_breaks_off_leaves_nothing(storage: str, other: str) -> None:
+    fill(storage)
+    records = [json.loads(line) for line in gzip.decompress(dump_study(storage, "tiny")).splitlines()]
+    next(r for r in reversed(records) if r.get("table") == "rank_search_trials")["row"]["state"] = None
+    lines = b"".join(json.dumps(record).encode() + b"\n" for record in records[:-1])
+    end = json.dumps({"sha256": hashlib.sha256(lines).hexdigest()}).encode() + b"\n"
+    with pytest.raises(StorageError):
+        load_study(other, gzip.compress(lines + end), "the file")
+    with StudyStore(other) as store:
+        assert store.studies() == []
+    engine = make_engine(other)
+    assert rows(engine, "tiny") == []
+    engine.dispose()
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "text"])
+def test_a_damaged_file_is_refused(storage: str, damage: str) -> None:
+    fill(storage)
+    content = dump_study(storage, "tiny")
+    broken = {
+        "cut": content[:-100],
+        "bit": gzip.compress(gzip.decompress(content).replace(b"validation loss is nan", b"validation loss is fun")),
+        "text": b"name = 'tiny'",
+    }[damage]
+    with pytest.raises(StorageError, match=r"the file is (damaged|no whole file)"):
+        load_study(storage, broken, "the file")
+
+
+def test_a_file_of_an_older_schema_is_brought_up_to_date(storage: str, other: str, tmp_path: Path) -> None:
+    fill(storage)
+    old = f"sqlite:///{tmp_path}/old.db"
+    engine = make_engine(old)
+    assert schema.make_empty(engine, schema.head())
+    engine.dispose()
+    load_study(old, dump_study(storage, "tiny"), "the file")
+    engine = make_engine(old)
+    with engine.begin() as connection:
+        command.downgrade(schema.alembic_config(connection), "0001")
+    engine.dispose()
+    with pytest.raises(StorageError, match="`rank-search db upgrade` brings it up to date"):
+        dump_study(old, "tiny")
+    older = dump_at(old, "0001")
+    load_study(other, older, "the file")
+    with StudyStore(storage) as here, StudyStore(other) as there:
+        old_ones, new_ones = (
+            [(t.number, t.state, t.rank_map, t.measurement and t.measurement.loss) for t in store.trials("tiny")]
+            for store in (here, there)
+        )
+    assert old_ones == new_ones
+    newer = gzip.compress(gzip.decompress(older).replace(b'"schema":"0001"', b'"schema":"9999"'))
+    with pytest.raises(StorageError, match="damaged"):
+        load_study(other, newer, "the file")
+
+
+def dump_at(storage: str, version: str) -> bytes:
+    """A file as the version of rank-search with that schema would have written it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rank_search.study.portable.check_schema", lambda engine: None)
+        patch.setattr("rank_search.study.portable.head", lambda: version)
+        return dump_study(storage, "tiny")
+
+
+def test_an_unknown_study_is_refused(storage: str) -> None:
+    with pytest.raises(StorageError, match="has no study 'tiny'"):
+        dump_study(storage, "tiny")
+
+
+def test_the_checks_find_nothing_in_a_sound_database(storage: str) -> None:
+    fill(storage)
+    assert check_database(storage) == ()
+
+
+FAULTS = {
+    "DELETE FROM rank_search_front WHERE trial = (SELECT MIN(trial) FROM rank_search_front)": "front holds",
+    "UPDATE rank_search_front SET loss = loss + 1": "has another loss than the trial",
+    "UPDATE rank_search_trials SET loss = loss + 1 WHERE number = 0": "Optuna has",
+    "UPDATE rank_search_trials SET rank_map = '{\"block.0.attn\": 1}' WHERE number = 3": "stored is",
+    "UPDATE rank_search_trials SET rank_map = 'x' WHERE number = 3": "its rank map is damaged",
+    "UPDATE rank_search_trials SET number = 99 WHERE number = 3": "trial 99 is not among Optuna's",
+    "DELETE FROM rank_search_trials WHERE number = 1": "Optuna's trial 1 is complete, but there is no row for it",
+    "UPDATE rank_search_trials SET state = 'running' WHERE number = 3": "trial 3 is running, but Optuna calls it FAIL",
+    "UPDATE rank_search_trials SET state = 'failed' WHERE number = 0": "is failed, but Optuna calls it COMPLETE",
+    "UPDATE rank_search_trials SET reason = NULL WHERE number = 3": "trial 3: it failed without a reason",
+    "UPDATE rank_search_studies SET spec_digest = 'x'": "digest",
+    "UPDATE studies SET study_name = 'another'": "Optuna has no study of this name",
+    "UPDATE trials SET number = 99 WHERE number = 3": "Optuna's trials have no number 3",
+}
+
+
+@pytest.fixture(scope="module")
+def filled(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with a study, to be copied."""
+    file = tmp_path_factory.mktemp("filled") / "study.db"
+    shutil.copy(sqlite_template, file)
+    fill(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture
+def copied(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a copy, whose faults are named without a second look."""
+    monkeypatch.setattr("rank_search.study.consistency.PAUSE_SECONDS", 0.0)
+    for file in filled.parent.glob("study.db*"):
+        shutil.copy(file, tmp_path / file.name)
+    return f"sqlite:///{tmp_path}/study.db"
+
+
+@pytest.mark.parametrize("statement", FAULTS, ids=range(len(FAULTS)))
+def test_the_checks_name_what_is_wrong(copied: str, statement: str) -> None:
+    assert any(FAULTS[statement] in line for line in faults_after(copied, statement))
+
+
+def test_the_checks_name_what_is_wrong_in_every_database(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rank_search.study.consistency.PAUSE_SECONDS", 0.0)
+    fill(storage)
+    statements = list(FAULTS)[1:4]
+    found = faults_after(storage, *statements)
+    for statement in statements:
+        assert any(FAULTS[statement] in line for line in found)
+
+
+def faults_after(storage: str, *statements: str) -> list[str]:
+    engine = make_engine(storage)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+    return [str(fault) for fault in check_database(storage)]
+
+
+def test_rows_that_refer_to_nothing_are_found(copied: str) -> None:
+    engine = make_engine(copied)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")
+        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql("DELETE FROM trials WHERE number = 3")
+        connection.exec_driver_sql("COMMIT")
+    engine.dispose()
+    found = [str(fault) for fault in check_database(copied)]
+    assert any("rows of trial_user_attributes refer to a row of trials that is not there" in line for line in found)
+
+
+def test_what_a_worker_left_behind_is_no_fault(storage: str) -> None:
+    study = open_study(storage, ladder=[0.5])
+    proposal = study.ask()
+    study.close()
+    with StudyStore(storage) as store:
+        store.complete_trial("tiny", proposal.number, measure(proposal.rank_map))
+    assert check_database(storage) == ()

@@ -1,0 +1,108 @@
+"""scripts/bench_search.py end to end on a tiny model: every competitor proposes, pieces add up, files merge."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rank_search.errors import InputError
+from tests.conftest import StudyFactory
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+QUICK = (
+    "--steps", "1", "--score-blocks", "4", "--confirm-blocks", "4", "--budgets", "3", "--evaluations", "11",
+    "--search-blocks", "2", "--generations", "1", "--offspring", "4",
+)  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the script in this process and returns what it printed."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["bench_search.py", *map(str, arguments)])
+        runpy.run_path(str(SCRIPTS / "bench_search.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_pieces_add_up_to_runs_and_files_merge(
+    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+) -> None:
+    study = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4})
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    names = "svd-nsga2,bank-tpe,ladder,study:sampler=mutation:space=direct"
+    told = ""
+    for _ in range(40):
+        told = bench(
+            study, *QUICK, "--rows", one, "--seeds", "0", "--competitors", names, "--gpu-seconds", "1",
+            "--piece-seconds", "0.7",
+        )  # fmt: skip
+        if "all runs are done" in told:
+            break
+    assert "all runs are done" in told
+    head, preparation, *found = records(one)
+    assert head["protocol"]["steps"] == 1
+    assert preparation["preparation"]["bank"] > 0 == preparation["preparation"]["nested"]
+    for name in names.split(","):
+        trials = [r for r in found if r["competitor"] == name and "trial" in r]
+        assert [t["trial"] for t in trials] == list(range(len(trials)))
+        spent = [t["gpu_seconds"] for t in trials]
+        assert spent == sorted(spent)
+        assert spent[-1] >= 1 > spent[-2]
+    before = one.read_bytes()
+    bench(study, *QUICK, "--rows", one, "--seeds", "0", "--competitors", names, "--gpu-seconds", "1")
+    assert one.read_bytes() == before
+    bench(study, *QUICK, "--rows", two, "--seeds", "1", "--competitors", "ladder", "--gpu-seconds", "1")
+    out = bench("--merge", one, two, "--json", tmp_path / "all.json", "--plot", tmp_path / "all.png")
+    assert "svd-nsga2" in out
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert set(rows[0]) == {"competitor", "seed", "gpu_seconds", "hypervolume", "trials"}
+    assert {(row["competitor"], row["seed"]) for row in rows} >= {("ladder", 0), ("ladder", 1), ("bank-tpe", 0)}
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_searches_without_a_fine_tune_propose_at_all_budgets(
+    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+) -> None:
+    pytest.importorskip("scipy")
+    study, rows = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows.jsonl"
+    bench(study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "2")
+    for name in ("bolaco", "evolution"):
+        sizes = {r["num_params"] for r in records(rows) if r.get("competitor") == name}
+        assert len(sizes) >= 2
+
+
+def test_another_protocol_is_refused(bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path) -> None:
+    study, rows = tiny_study(), tmp_path / "rows.jsonl"
+    run = (study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "ladder")
+    bench(*run, "--gpu-seconds", "0.1")
+    with pytest.raises(InputError, match=r"was made with gpu_seconds = 0\.1, not 0\.2"):
+        bench(*run, "--gpu-seconds", "0.2")
+
+
+def test_hypervolume_is_the_share_of_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from _search_rows import Protocol, hypervolume  # type: ignore[import-not-found]
+
+    protocol = Protocol(
+        study="", steps=0, score_blocks=1, confirm_blocks=1, gpu_seconds=1.0, budgets=3, dense_loss=3.0,
+        reference_rise=2.0, dense_params=1000, least_params=500, most_params=1000,
+    )  # fmt: skip
+    assert hypervolume([], protocol) == 0
+    assert hypervolume([(750, 4.0)], protocol) == pytest.approx(0.5 * 0.5)
+    # A point behind another adds nothing, one below the range counts as its start.
+    assert hypervolume([(750, 4.0), (800, 4.5), (100, 4.5)], protocol) == pytest.approx(0.25 + 0.25 * 0.5)
+    assert hypervolume([(750, 5.5), (1000, 3.0)], protocol) == 0
