@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,14 +179,23 @@ class Allocator:
         """Indices into each layer's choices after walking all hulls, steepest first."""
         chosen = [int(curve.hull[0]) for curve in self._curves]
         left = budget - sum(int(curve.params[i]) for curve, i in zip(self._curves, chosen, strict=True))
-        # A stable sort keeps the steps of one layer in order where slopes are equal.
-        order = np.argsort(-(self._slope * weights[self._layer]), kind="stable")
+        order = self._plain_order if (weights == 1).all() else self._order(weights)
         spent = np.cumsum(self._cost[order])
         whole = int(np.searchsorted(spent, left, side="right"))
         for step in order[:whole]:
             chosen[self._layer[step]] = int(self._end[step])
         self._spend(chosen, budget, self._saving(weights))
         return chosen
+
+    @cached_property
+    def _plain_order(self) -> Ints:
+        """Of the closed form itself, which is asked for again and again."""
+        return self._order(np.ones(len(self._curves)))
+
+    def _order(self, weights: Floats) -> Ints:
+        """The steps of all hulls, steepest first; a stable sort keeps those of one layer in order where slopes are
+        equal."""
+        return np.argsort(-(self._slope * weights[self._layer]), kind="stable")
 
     def _uniform(self, budget: int) -> list[int]:
         fraction = budget / self.space.dense_params

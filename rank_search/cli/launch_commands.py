@@ -92,11 +92,9 @@ def worker(
 
 
 def _print_outcome(outcome: Outcome) -> None:
-    measured = outcome.measurement
-    ended = f"failed: {outcome.reason}"
-    if measured is not None:
-        ended = f"loss {measured.loss:.4f}, {measured.num_params:,} parameters, {measured.seconds:.1f} s"
-    typer.echo(f"trial {outcome.proposal.number} ({outcome.proposal.source}): {ended}")
+    from rank_search.launch.worker import outcome_line
+
+    typer.echo(outcome_line(outcome))
     sys.stdout.flush()
 
 

@@ -126,7 +126,7 @@ def _reference_trace(name: str, trials: Sequence[MeasuredTrial], index: int) -> 
         "line": {"color": colour, "width": 1, "dash": "dot"},
         "marker": {"symbol": symbols[index % len(symbols)], "size": 10, "color": colour, "line": {"width": 2}},
         "error_y": _errors([trial.standard_error for trial in trials], colour),
-        "text": [_told(trial) for trial in trials], "hovertemplate": "%{text}<extra></extra>",
+        "text": [_told(trial) for trial in trials], "hovertemplate": _HOVER,
     }  # fmt: skip
 
 
@@ -134,15 +134,15 @@ def _others_trace(trials: Sequence[MeasuredTrial]) -> Figure:
     return {
         **_xy(trials), "type": "scatter", "mode": "markers", "name": "other trials",
         "marker": {"color": GREY, "size": 6, "opacity": 0.45},
-        "text": [_told(trial) for trial in trials], "hovertemplate": "%{text}<extra></extra>",
+        "text": [_told(trial) for trial in trials], "hovertemplate": _HOVER,
     }  # fmt: skip
 
 
+_HOVER = "%{text}<br>loss %{y:.4f}<br>%{x:,} parameters<extra></extra>"
+
+
 def _told(trial: MeasuredTrial) -> str:
-    return (
-        f"trial {trial.number} ({trial.source})<br>loss {trial.loss:.4f} ± {trial.standard_error:.4f}<br>"
-        f"{trial.num_params:,} parameters, kept {trial.kept_of_targets:.3f} of the target layers"
-    )
+    return f"trial {trial.number} ({trial.source}), kept {trial.kept_of_targets:.3f}"
 
 
 def _dense_traces(dense: float, params: int, left: int) -> list[Figure]:
@@ -227,7 +227,7 @@ def _kept_trace(point: FrontPoint, space: RankSpace, *, visible: bool) -> Figure
 def prediction_figure(overview: Overview) -> Figure | None:
     """Measured losses against the closed form's own predictions of them."""
     dense = overview.record.dense_loss
-    trials = [trial for trial in overview.highest if trial.predicted_rise is not None][-2 * MOST_POINTS :]
+    trials = [trial for trial in overview.highest if trial.predicted_rise is not None][-MOST_POINTS:]
     if dense is None or len(trials) < 2:
         return None
     rises = [max(float(trial.predicted_rise or 0.0), 1e-6) for trial in trials]
@@ -243,7 +243,8 @@ def prediction_figure(overview: Overview) -> Figure | None:
                 "color": [round(trial.kept_of_targets, 3) for trial in trials], "colorscale": "Viridis", "size": 8,
                 "showscale": True, "colorbar": {"title": {"text": "kept of<br>targets"}, "thickness": 14},
             },
-            "text": [_told(trial) for trial in trials], "hovertemplate": "%{text}<extra></extra>", "showlegend": False,
+            "text": [_told(trial) for trial in trials], "showlegend": False,
+            "hovertemplate": "%{text}<br>predicted rise %{x:.4f}, measured loss %{y:.4f}<extra></extra>",
         },
         {
             "x": [float(f"{rise:.4g}") for rise, _ in drawn], "y": [_rounded(loss) for _, loss in drawn],

@@ -25,7 +25,7 @@ def rank_map_figure(rank_map: RankMap, space: RankSpace, title: str = "") -> Fig
 
     groups, blocks, places = layers.groups(space), layers.depths(space), layers.by_place(space)
     figure = Figure(
-        figsize=(2.5 + 0.95 * len(groups), 2.2 + 0.27 * len(blocks)), dpi=_DOTS_PER_INCH, layout="constrained"
+        figsize=(2.5 + 0.95 * len(groups), 2.8 + 0.27 * len(blocks)), dpi=_DOTS_PER_INCH, layout="constrained"
     )
     axes = figure.add_subplot()
     kept = np.full((len(blocks), len(groups)), np.nan)
@@ -39,7 +39,8 @@ def rank_map_figure(rank_map: RankMap, space: RankSpace, title: str = "") -> Fig
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8)
     axes.set_ylabel("block")
-    figure.colorbar(image, ax=axes, label="kept fraction of the layer; the numbers are ranks")
+    axes.set_xlabel("layer type; the numbers are ranks, D: left dense")
+    figure.colorbar(image, ax=axes, label="kept fraction of the layer")
     if title:
         axes.set_title(title, fontsize=11)
     return figure

@@ -92,8 +92,8 @@ def anchored(
         BudgetError: the anchor is below what the smallest ranks need.
     """
     first = factors_of(targets, statistics.__getitem__, spec, space.storage, progress=progress)
-    # Ranks of all kinds, so that studies of other rank multiples share the bank.
-    rank_map = Allocator(replace(space, multiple=1), tails(first)).closed_form(spec.anchor)
+    # Among all ranks, so that studies with other rank multiples or frozen layers share the bank.
+    rank_map = Allocator(replace(space, multiple=1, frozen=()), tails(first)).closed_form(spec.anchor)
     with _overwritten(targets, first, rank_map):
         return mean_statistics(statistics, collect(spec.seed + 1))
 

@@ -40,7 +40,7 @@ class Job:
         """
         trials = () if self.trials is None else ("--trials", str(self.trials))
         where = str(self.study.resolve()) if study is None else study
-        return (python, "-m", "rank_search", "worker", where, *trials, "--grace", f"{self.grace:g}")
+        return (python, "-m", "rank_search.launch.worker", where, *trials, "--grace", f"{self.grace:g}")
 
 
 @dataclass(frozen=True, slots=True)

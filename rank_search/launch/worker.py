@@ -1,16 +1,36 @@
-"""One worker: a run of the study that stops in good order and ends with a telling exit code."""
+"""One worker: a run of the study that stops in good order and ends with a telling exit code.
+
+``python -m rank_search.launch.worker STUDY`` is what engines start: ``rank-search worker`` without a terminal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rank_search import api
+from rank_search.errors import RankSearchError
 from rank_search.launch import exits
 from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
-from rank_search.progress import SILENT, Progress
+from rank_search.progress import SILENT, Progress, Step
 from rank_search.spec import StudyFile, load_study_file
+
+_QUIET = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # OpenMP's threads would spin away the cores of the other workers of the host.
+    "GOMP_SPINCOUNT": "3000",
+}
+_LEAST_SECONDS = 1.0
+"""Shorter steps leave no line in a log."""
 
 if TYPE_CHECKING:
     from rank_search.worker import Outcome
@@ -60,3 +80,55 @@ def run_worker(
     except Preempted:
         return exits.PREEMPTED
     return exits.DONE
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """What came of a trial, in one line."""
+    measured = outcome.measurement
+    ended = f"failed: {outcome.reason}"
+    if measured is not None:
+        ended = f"loss {measured.loss:.4f}, {measured.num_params:,} parameters, {measured.seconds:.1f} s"
+    return f"trial {outcome.proposal.number} ({outcome.proposal.source}): {ended}"
+
+
+class _Log(Progress):
+    """Lines on standard error: what is said, and what took long."""
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Step]:
+        started = time.perf_counter()
+        with super().step(title, total) as step:
+            yield step
+        seconds = time.perf_counter() - started
+        if seconds >= _LEAST_SECONDS:
+            self.say(f"{title}: {seconds:.1f} s")
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a worker by command line and return its exit code; its log goes to standard output and error."""
+    parser = argparse.ArgumentParser(prog="python -m rank_search.launch.worker", description=run_worker.__doc__)
+    parser.add_argument("study", help="the study's file, or its name in the database")
+    parser.add_argument("--trials", type=int, help="finished trials wanted")
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds to finish a trial in when asked to stop")
+    given = parser.parse_args(arguments)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        file = study_file(given.study, None)
+        code = run_worker(
+            file, trials=given.trials, grace=given.grace, progress=_Log(),
+            on_outcome=lambda outcome: print(outcome_line(outcome), flush=True),
+        )  # fmt: skip
+    except RankSearchError as error:
+        print(f"rank-search: error: {error}", file=sys.stderr)
+        return exits.exit_code(error)
+    if code == exits.PREEMPTED:
+        print("stopped; what is done is kept", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -109,7 +109,7 @@ plugins.register("rank_search_setup", __name__, "_Setup")
 
 
 def parse_url(text: str | URL) -> URL:
-    """A database URL in the form that the engines use; ``postgresql://`` means the psycopg driver, ``mysql://`` pymysql.
+    """A database URL in the form that the engines use; ``postgresql://`` means psycopg, ``mysql://`` pymysql.
 
     Raises:
         StorageError: not a database URL, or an SQLite database that two connections cannot share.

@@ -312,7 +312,7 @@ def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
         # The one RuntimeError of Optuna's constructor is its check of the schema's version.
         raise StorageError(
             f"database {shown(url)} holds tables of another Optuna version than {optuna.__version__}; "
-            "run `optuna storage upgrade`, or give another database"
+            "run `rank-search db upgrade`, or give another database"
         ) from None
 
 

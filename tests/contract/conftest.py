@@ -80,6 +80,8 @@ class MariaDb:
         install = ["mariadb-install-db", *options, "--auth-root-authentication-method=normal"]
         subprocess.run(install, check=True, capture_output=True)
         command = ["mariadbd", *options, f"--socket={self._socket}", "--skip-networking"]
+        if shutil.which("setpriv"):  # it is not to outlive a test run that is killed
+            command = ["setpriv", "--pdeathsig", "TERM", *command]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._names = (f"rank_search_test_{number}" for number in itertools.count())
         deadline = time.monotonic() + 30

@@ -158,7 +158,7 @@ def test_the_manifest_says_what_was_asked(tmp_path: Path) -> None:
         ("FailIndex", [exits.CONFIGURATION]), ("Ignore", [exits.PREEMPTED]), ("Ignore", None),
     ]  # fmt: skip
     (container,) = pod["containers"]
-    command = "python -m rank_search worker /studies/demo/study.toml --trials 40 --grace 30"
+    command = "python -m rank_search.launch.worker /studies/demo/study.toml --trials 40 --grace 30"
     assert container["command"] == command.split()
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert pod["terminationGracePeriodSeconds"] == 60
