@@ -179,7 +179,7 @@ def _nested_banks(
 
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
-        finetune = spec.finetune.at((low + high) / 2)
+        finetune = spec.finetune.at((low + high) / 2, space.storage)
 
         def build() -> dict[str, Factors]:
             progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")

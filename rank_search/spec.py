@@ -46,6 +46,12 @@ LOSS_UNITS: dict[TaskName, str] = {
 }
 """What a task's loss is a mean over."""
 
+PLAIN_RATE = 4e-4
+"""Learning rate of the factors, the same for all rank maps."""
+
+SCALED_RATE = 8e-4
+"""Learning rate of the factors before it is scaled by what a rank map removes."""
+
 LEAST_REMOVED = 0.125
 """Removed fraction that a scaled learning rate counts at least: below it, a lower rate only trains less."""
 
@@ -192,11 +198,12 @@ class FinetuneSpec(Table):
     """Budget in tokens, instead of in steps; the last step that it begins is taken whole."""
     batch_blocks: Positive = 8
     """Blocks in a step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 8e-4
-    """Of AdamW for the factors, at its peak; see ``learning_rate_scale``."""
-    learning_rate_scale: Literal["removed", "rank", "none"] = "removed"
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] | None = None
+    """Of AdamW for the factors, at its peak, before it is scaled; None: 8e-4 where it is scaled, else 4e-4."""
+    learning_rate_scale: Literal["removed", "rank", "none"] | None = None
     """Multiply `learning_rate` by the fraction of the target layers' parameters that a rank map removes (the less is
-    broken, the less there is to repair); in each layer by 1 - rank / min(m, n); or by nothing."""
+    broken, the less there is to repair); in each layer by 1 - rank / min(m, n); or by nothing. None: `removed` in
+    pivoted storage, whose layers all lose a little, and `none` in two-factor storage, where few of them lose much."""
     dense_learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-4
     """Of AdamW for what `train = "all"` trains beside the factors, at its peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -214,12 +221,13 @@ class FinetuneSpec(Table):
             raise ValueError("give steps or tokens, not both")
         return self
 
-    def at(self, kept: float) -> FinetuneSpec:
+    def at(self, kept: float, storage: Storage) -> FinetuneSpec:
         """The fine-tune of a rank map that keeps this fraction of the target layers: its learning rate is its own."""
-        if self.learning_rate_scale != "removed":
-            return self
-        rate = self.learning_rate * max(1 - kept, LEAST_REMOVED)
-        return self.model_copy(update={"learning_rate": rate, "learning_rate_scale": "none"})
+        scale = self.learning_rate_scale or ("removed" if storage == "pivoted" else "none")
+        rate = self.learning_rate or (PLAIN_RATE if scale == "none" else SCALED_RATE)
+        if scale == "removed":
+            scale, rate = "none", rate * max(1 - kept, LEAST_REMOVED)
+        return self.model_copy(update={"learning_rate": rate, "learning_rate_scale": scale})
 
     def steps_for(self, sequence_length: int) -> int:
         """Optimiser steps of the budget, for blocks of ``sequence_length`` tokens."""

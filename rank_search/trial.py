@@ -179,7 +179,7 @@ class Evaluator:
                 self._prepared.model,
                 list(layers.values()),
                 train,
-                self._spec.finetune.at(kept),
+                self._spec.finetune.at(kept, self._prepared.space.storage),
                 seed=self._spec.search.seed,
                 progress=progress,
             )

@@ -68,7 +68,8 @@ def _row(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> dict[
 
 
 def _train(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> tuple[float, FinetuneResult]:
-    spec = prepared.spec.finetune.model_copy(update={"steps": steps, "tokens": None}).at(kept)
+    spec = prepared.spec.finetune.model_copy(update={"steps": steps, "tokens": None})
+    spec = spec.at(kept, prepared.space.storage)
     examples = Examples.of(prepared.loaded.task, prepared.splits.train.columns).to(prepared.device)
     factors = prepared.bank.on(prepared.device)
     with compressed(prepared.targets, factors, prepared.allocator.closed_form(kept)) as layers:

@@ -16,7 +16,7 @@ from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.model.device import autocast, deterministic
 from rank_search.progress import SILENT, Progress
-from rank_search.spec import FinetuneSpec
+from rank_search.spec import PLAIN_RATE, FinetuneSpec
 from rank_search.task import Batch, Examples
 from rank_search.train.capture import CapturedStep
 
@@ -74,7 +74,8 @@ def _groups(model: nn.Module, layers: Sequence[LowRankLinear], spec: FinetuneSpe
     for layer in layers:
         scale = rank_scale(layer.rank, layer.full_rank) if spec.learning_rate_scale == "rank" else 1.0
         scaled.setdefault(scale, []).extend(layer.factors)
-    groups = [Group(factors, spec.learning_rate * scale) for scale, factors in scaled.items()]
+    rate = PLAIN_RATE if spec.learning_rate is None else spec.learning_rate
+    groups = [Group(factors, rate * scale) for scale, factors in scaled.items()]
     if spec.train == "all":
         known = {id(factor) for group in groups for factor in group.parameters}
         dense = [parameter for parameter in model.parameters() if id(parameter) not in known]

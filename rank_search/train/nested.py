@@ -23,7 +23,7 @@ from rank_search.factors.decompose import Factors
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
-from rank_search.spec import FinetuneSpec, SearchSpec
+from rank_search.spec import PLAIN_RATE, FinetuneSpec, SearchSpec
 from rank_search.task import Examples
 from rank_search.train.finetune import Group, rank_scale, train_steps
 
@@ -182,7 +182,8 @@ def _groups(
             full = min(target.shape.m, target.shape.n)
             scale = rank_scale(mean, full) if spec.learning_rate_scale == "rank" else 1.0
             groups.setdefault(scale, []).extend(layers[target.name].parameters())
-    return [Group(parameters, spec.learning_rate * scale) for scale, parameters in groups.items()]
+    rate = PLAIN_RATE if spec.learning_rate is None else spec.learning_rate
+    return [Group(parameters, rate * scale) for scale, parameters in groups.items()]
 
 
 def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:

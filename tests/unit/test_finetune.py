@@ -160,14 +160,21 @@ def test_a_budget_in_tokens_is_met_with_whole_steps(spec: FinetuneSpec, steps: i
         assert math.ceil(spec.tokens / (spec.batch_blocks * 24)) == steps
 
 
-def test_the_learning_rate_falls_with_what_is_kept_down_to_a_floor() -> None:
+def test_in_pivoted_storage_the_learning_rate_falls_with_what_is_kept_down_to_a_floor() -> None:
     spec = FinetuneSpec(learning_rate=1e-3)
-    assert spec.at(0.4).learning_rate == pytest.approx(6e-4)
-    assert spec.at(0.99).learning_rate == spec.at(1.0).learning_rate == pytest.approx(1.25e-4)
-    assert spec.at(0.4).at(0.9) == spec.at(0.4)
-    for scale in ("none", "rank"):
-        other = FinetuneSpec(learning_rate=1e-3, learning_rate_scale=scale)  # type: ignore[arg-type]
-        assert other.at(0.4) is other
+    assert spec.at(0.4, "pivoted").learning_rate == pytest.approx(6e-4)
+    assert spec.at(0.99, "pivoted").learning_rate == spec.at(1.0, "pivoted").learning_rate == pytest.approx(1.25e-4)
+    assert spec.at(0.4, "pivoted").at(0.9, "pivoted") == spec.at(0.4, "pivoted")
+    assert FinetuneSpec().at(0.5, "pivoted").learning_rate == pytest.approx(4e-4)
+
+
+def test_in_two_factor_storage_it_is_one_for_all_rank_maps_unless_it_is_told_otherwise() -> None:
+    assert {FinetuneSpec().at(kept, "two-factor").learning_rate for kept in (0.3, 0.9)} == {4e-4}
+    told = FinetuneSpec(learning_rate_scale="removed")
+    assert told.at(0.5, "two-factor").learning_rate == pytest.approx(4e-4)
+    assert told.at(0.75, "two-factor").learning_rate == pytest.approx(2e-4)
+    by_rank = FinetuneSpec(learning_rate_scale="rank").at(0.5, "pivoted")
+    assert (by_rank.learning_rate, by_rank.learning_rate_scale) == (8e-4, "rank")
 
 
 def test_scaled_by_ranks_each_layer_moves_by_its_own_rate() -> None:

@@ -62,7 +62,7 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         (LEAST + "[search]\nladder = [0.5, 1.5]\n", "search.ladder.1: Input should be less than or equal to 1"),
         (LEAST + '[search]\nseeds = ["uniform", "uniform"]\n', "search: seeds (uniform, uniform) name"),
         (LEAST + '[search]\nseeds = ["slicegpt"]\n', "search.seeds.0: Input should be 'closed-form', "),
-        (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'tpe', 'nsga2', 'gp' or 'random'"),
+        (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'tpe', 'nsga2'"),
         (LEAST + "[targets]\nshare = 0\n", "targets.share: Input should be greater than 0, not 0"),
         (LEAST + "[finetune]\nlearning_rate = nan\n", "finetune.learning_rate: "),
         (LEAST + "[finetune]\nlearning_rate = inf\n", "finetune.learning_rate: "),
@@ -113,7 +113,7 @@ def test_size_and_place_do_not_change_the_meaning() -> None:
     ("tables", "field"),
     [
         ({"factors": {"method": "svd"}}, 'factors.method = "svd", the file now says "kfac"'),
-        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says 0.0008"),
+        ({"finetune": {"learning_rate": 0.1}}, "finetune.learning_rate = 0.1, the file now says null"),
         ({"search": {"ladder": [0.5]}}, r"search.ladder = [0.5], the file now says [0.9, 0.8, 0.6, 0.4]"),
         ({"model": {"source": "other"}}, 'model.source = "other", the file now says "m"'),
         ({"targets": {"share": 0.5}}, "targets.share = 0.5, the file now says null"),
