@@ -143,10 +143,12 @@ def _bank(
     spec = study.spec
     key = BankKey.of(loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, space)
 
+    batch_blocks = spec.run.calibration_batch_blocks or spec.run.score_batch_blocks
+
     def build() -> dict[str, Factors]:
         return build_factors(
-            loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors,
-            space, batch_blocks=spec.run.score_batch_blocks, progress=progress, times=times,
+            loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors, space,
+            batch_blocks=batch_blocks, progress=progress, times=times,
         )  # fmt: skip
 
     device = next(loaded.model.parameters()).device.type

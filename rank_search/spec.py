@@ -246,6 +246,8 @@ class RunSpec(Table):
     """Working folder (blocks, factor banks), relative to the study file."""
     score_batch_blocks: Positive = 8
     """Blocks in a batch of scoring and of calibration."""
+    calibration_batch_blocks: Positive | None = None
+    """Blocks in a batch of calibration, where it should be another: a large one keeps a GPU busy. None: as above."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; None leaves torch's default."""
 

@@ -65,6 +65,7 @@ def test_every_method_makes_a_bank_of_every_family(family: str, method: Method, 
     [
         {"factors": {"method": "whitened"}}, {"factors": {"damping": 1e-2}}, {"factors": {"seed": 1}},
         {"data": {"calibration_blocks": 7}}, {"targets": {"layers": "attention"}}, {"targets": {"storage": "pivoted"}},
+        {"factors": {"anchor": 0.5}},
     ],
 )  # fmt: skip
 def test_what_changes_the_factors_makes_another_bank(
@@ -78,8 +79,12 @@ def test_what_changes_the_factors_makes_another_bank(
 
 
 @pytest.mark.parametrize(
-    "tables", [{"search": {"seed": 5}}, {"finetune": {"steps": 9}}, {"targets": {"rank_multiple": 4}}]
-)
+    "tables",
+    [
+        {"search": {"seed": 5}}, {"finetune": {"steps": 9}}, {"targets": {"rank_multiple": 4}},
+        {"run": {"calibration_batch_blocks": 3}},
+    ],
+)  # fmt: skip
 def test_what_does_not_change_the_factors_shares_the_bank(
     tables: dict[str, dict[str, object]], tiny_study: StudyFactory
 ) -> None:
