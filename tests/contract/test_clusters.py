@@ -69,7 +69,6 @@ def test_submitit_runs_the_workers_of_a_real_study(
     with StudyStore(storage) as store:
         trials = store.trials("tiny")
     assert sum(trial.state is State.COMPLETE for trial in trials) >= 4
-    assert len({trial.worker for trial in trials}) == 2
 
 
 def test_the_script_for_slurm_asks_for_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
