@@ -5,12 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, Protocol, TypeVar, overload
 
 from rank_search.errors import BudgetError
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.notebook import Row, front_html
 from rank_search.ranks import RankMap
+
+
+class Outcome(NamedTuple):
+    """What decides whether a trial is on the front."""
+
+    trial: int
+    fidelity: Fidelity
+    num_params: int
+    loss: float
+
+
+class _HasOutcome(Protocol):
+    @property
+    def trial(self) -> int: ...
+    @property
+    def fidelity(self) -> Fidelity: ...
+    @property
+    def num_params(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+
+
+P = TypeVar("P", bound=_HasOutcome)
+
+
+def non_dominated(points: Iterable[P]) -> list[P]:
+    """Those of the highest fidelity that no other one dominates, by ascending parameter count: one sort, one sweep."""
+    candidates = list(points)
+    top = max((p.fidelity for p in candidates), default=Fidelity.PREDICTED)
+    best: list[P] = []
+    ranked = [p for p in candidates if p.fidelity == top]
+    for point in sorted(ranked, key=lambda p: (p.num_params, p.loss, p.trial)):
+        if not best or point.loss < best[-1].loss:
+            best.append(point)
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +66,11 @@ class FrontPoint:
     def num_params(self) -> int:
         """Parameters of the whole compressed model."""
         return self.measurement.num_params
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """How the loss was obtained."""
+        return self.measurement.fidelity
 
     def dominates(self, other: FrontPoint) -> bool:
         """At most the loss and at most the parameters of ``other``, and less of one.
@@ -54,15 +94,8 @@ class Front(Sequence[FrontPoint]):
 
     @classmethod
     def of(cls, points: Iterable[FrontPoint]) -> Front:
-        """The front of any measured points: one sort, one sweep."""
-        candidates = list(points)
-        top = max((p.measurement.fidelity for p in candidates), default=Fidelity.PREDICTED)
-        best: list[FrontPoint] = []
-        ranked = [p for p in candidates if p.measurement.fidelity == top]
-        for point in sorted(ranked, key=lambda p: (p.num_params, p.loss, p.trial)):
-            if not best or point.loss < best[-1].loss:
-                best.append(point)
-        return cls(tuple(best))
+        """The front of any measured points."""
+        return cls(tuple(non_dominated(points)))
 
     def __len__(self) -> int:
         return len(self.points)

@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, case, func, select
+from sqlalchemy import ColumnElement, Engine, Select, and_, case, delete, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from rank_search.climbing import Step
 from rank_search.errors import StorageError
-from rank_search.front import Front, FrontPoint
-from rank_search.measurement import Measurement
+from rank_search.front import Front, FrontPoint, Outcome, non_dominated
+from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import RankMap
 from rank_search.spec import LOSS_UNITS, StudySpec
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
@@ -460,13 +460,20 @@ def _update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
 
     A point that is off the front stays off, so the old front and the new point determine the new front.
     """
-    stored = _stored_front(session, study)
-    new = Front.of([*stored, point])
-    old, kept = {p.trial for p in stored}, {p.trial for p in new}
-    for row in session.scalars(select(FrontRow).where(FrontRow.study == study.name)):
-        if row.trial not in kept:
-            session.delete(row)
-    session.add_all(front_row(study.name, p) for p in new if p.trial not in old)
+    of_study = FrontRow.study == study.name
+    columns = FrontRow.trial, FrontRow.fidelity, FrontRow.num_params, FrontRow.loss
+    # Without the rank maps, which are most of what a front holds.
+    stored = [
+        Outcome(trial, Fidelity.from_label(fidelity), num_params, loss)
+        for trial, fidelity, num_params, loss in session.execute(select(*columns).where(of_study))
+    ]
+    added = Outcome(point.trial, point.fidelity, point.num_params, point.loss)
+    kept = {outcome.trial for outcome in non_dominated([*stored, added])}
+    dominated = [outcome.trial for outcome in stored if outcome.trial not in kept]
+    if dominated:
+        session.execute(delete(FrontRow).where(of_study, FrontRow.trial.in_(dominated)))
+    if point.trial in kept:
+        session.add(front_row(study.name, point))
 
 
 def _stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
