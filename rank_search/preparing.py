@@ -203,12 +203,13 @@ def _nested_banks(
     def leave() -> None:
         raise _TakenByAnotherError
 
+    made: dict[int, FactorBank] = {}
     for number in range(len(ranges)):
         with suppress(_TakenByAnotherError):  # those that nobody makes now come first
-            make(number, leave)
+            made[number] = make(number, leave)
 
     def tell() -> None:
         progress.say("another process is making a nested fine-tune; waiting")
 
-    banks = tuple(make(number, tell) for number in range(len(ranges)))
+    banks = tuple(made[number] if number in made else make(number, tell) for number in range(len(ranges)))
     return TrialBanks(banks, tuple(high for _, high in ranges))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import resource
@@ -63,6 +64,15 @@ def text_examples(text: Path, loaded: LoadedModel, sequence_length: int, work_di
     source = Source(str(text.resolve()), Path())
     blocks = eval_blocks(source, loaded.tokenizer, sequence_length, work_dir=work_dir)
     return Examples.causal(torch.tensor(blocks))
+
+
+def write_report(
+    path: Path | None, device: torch.device, study: str, rows: Sequence[Mapping[str, object]], **told: object
+) -> None:
+    """The figures as JSON: environment, study, what else is ``told``, rows. Nothing without a ``path``."""
+    if path is not None:
+        report = {"environment": environment(device), "study": study, **told, "rows": rows}
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:

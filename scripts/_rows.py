@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _lines import append_line, cut_short, whole_lines, write_merged
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
@@ -38,7 +38,7 @@ class RowFile:
         self.environment = dict(environment)
         self.rows: list[Row] = []
         if path is not None and path.exists():
-            _cut_short(path)
+            cut_short(path)
             self.rows, machines = read_rows([path])
             others = {row["study"] for row in self.rows} - {study}
             if others:
@@ -58,8 +58,7 @@ class RowFile:
 
     def _append(self, line: Mapping[str, object]) -> None:
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            append_line(self._path, line)
 
 
 def read_rows(paths: Iterable[Path]) -> tuple[list[Row], list[dict[str, object]]]:
@@ -71,7 +70,7 @@ def read_rows(paths: Iterable[Path]) -> tuple[list[Row], list[dict[str, object]]
     rows: dict[tuple[object, ...], Row] = {}
     machines: list[dict[str, object]] = []
     for path in paths:
-        for line in map(json.loads, _whole_lines(path).splitlines()):
+        for line in whole_lines(path):
             if "environment" in line:
                 machines.append(line["environment"])
             else:
@@ -82,27 +81,11 @@ def read_rows(paths: Iterable[Path]) -> tuple[list[Row], list[dict[str, object]]
     return list(rows.values()), machines
 
 
-def _whole_lines(path: Path) -> str:
-    """The file without a last line that was cut off as its process died: that row is measured again."""
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1]
-
-
-def _cut_short(path: Path) -> None:
-    text = _whole_lines(path)
-    if len(text.encode()) < path.stat().st_size:
-        path.write_text(text, encoding="utf-8")
-
-
 def report(rows: Sequence[Row], machines: Sequence[Mapping[str, object]], out: Path | None, plot: Path | None) -> None:
     """Print the table, and write rows and picture where asked."""
     print_means(rows)
     if out is not None:
-        distinct = [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
-        told: dict[str, object] = {"environment": distinct[0] if distinct else {}}
-        if len(distinct) > 1:
-            told["other_environments"] = distinct[1:]
-        out.write_text(json.dumps({**told, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_merged(out, machines, rows)
     if plot is not None:
         save_figure(methods_figure(rows), plot)
 

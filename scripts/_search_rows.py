@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from _lines import append_line, cut_short, whole_lines, write_merged
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -66,11 +66,8 @@ class RecordFile:
         self._path = path
         self.records: list[Record] = []
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a last line may have been cut off as its process died
-            if whole != text:
-                path.write_text(whole, encoding="utf-8")
-            self.records = [json.loads(line) for line in whole.splitlines()]
+            cut_short(path)
+            self.records = whole_lines(path)
         told = [record["protocol"] for record in self.records if "protocol" in record]
         if told and told[0] != asdict(protocol):
             differ = [name for name, value in asdict(protocol).items() if told[0].get(name) != value]
@@ -84,8 +81,7 @@ class RecordFile:
     def add(self, record: Record) -> None:
         """Keep a record; it is on disk when this returns."""
         self.records.append(record)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_line(self._path, record)
 
     def trials(self, run: Run) -> list[Record]:
         """Measured trials of a run, in their order."""
@@ -185,7 +181,7 @@ def merged(paths: Sequence[Path]) -> tuple[list[Record], Protocol]:
     Raises:
         InputError: the files were made under different protocols.
     """
-    records = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    records = [record for path in paths for record in whole_lines(path)]
     protocols = [record["protocol"] for record in records if "protocol" in record]
     if any(protocol != protocols[0] for protocol in protocols):
         raise InputError("the files were made under different protocols; give those of one")
@@ -198,11 +194,7 @@ def report(records: Sequence[Record], protocol: Protocol, out: Path | None, plot
     _print(rows, protocol)
     if out is not None:
         machines = [record["environment"] for record in records if "environment" in record]
-        distinct = [machine for i, machine in enumerate(machines) if machine not in machines[:i]]
-        told: dict[str, object] = {"environment": distinct[0], "protocol": asdict(protocol)}
-        if len(distinct) > 1:
-            told["other_environments"] = distinct[1:]
-        out.write_text(json.dumps({**told, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_merged(out, machines, rows, protocol=asdict(protocol))
     if plot is not None and rows:
         save_figure(search_figure(rows), plot)
 

@@ -10,12 +10,11 @@ training loss.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
-from _bench import environment, peak_memory, print_table
+from _bench import peak_memory, print_table, write_report
 
 from rank_search.compress.low_rank import compressed
 from rank_search.model.device import synchronize
@@ -41,9 +40,7 @@ def main() -> None:
         for capture in (False, True) if prepared.device.type == "cuda" else (False,):
             rows.append(_row(prepared, kept, args.steps, capture=capture))
     print_table(rows)
-    if args.json:
-        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 def _row(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> dict[str, object]:

@@ -10,11 +10,10 @@ text, not repair of what truncation broke.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from _bench import environment, evaluator_with, print_table, text_examples
+from _bench import evaluator_with, print_table, text_examples, write_report
 
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
@@ -33,9 +32,7 @@ def main() -> None:
     second = None if args.second_text is None else _blocks(prepared, args.second_text)
     rows = [_row(*variant, prepared, second) for variant in _variants(prepared)]
     print_table(rows)
-    if args.json:
-        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, FinetuneSpec]]:

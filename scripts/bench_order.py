@@ -9,11 +9,10 @@ fine-tuned one by one from the untrained factors and scored again; Spearman's ra
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-from _bench import environment, evaluator_with, print_table
+from _bench import evaluator_with, print_table, write_report
 from rich.progress import track
 from scipy.stats import spearmanr
 
@@ -44,10 +43,10 @@ def main() -> None:
     correlation = float(spearmanr([r["sliced_loss"] for r in rows], [r["own_loss"] for r in rows]).statistic)
     print_table(rows)
     print(f"Spearman's rank correlation: {correlation:.3f}")
-    if args.json:
-        told = {"study": prepared.spec.name, "kept_of_targets": args.kept, "own_steps": args.own_steps}
-        report = {"environment": environment(prepared.device), **told, "spearman": correlation, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(
+        args.json, prepared.device, prepared.spec.name, rows,
+        kept_of_targets=args.kept, own_steps=args.own_steps, spearman=correlation,
+    )  # fmt: skip
 
 
 def _rank_maps(prepared: Prepared, kept: float, count: int) -> list[RankMap]:

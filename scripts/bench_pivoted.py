@@ -10,11 +10,10 @@ error in two-factor storage.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from _bench import environment, print_table
+from _bench import print_table, write_report
 from torch import Tensor, nn
 
 from rank_search.compress.low_rank import LowRankLinear
@@ -34,9 +33,7 @@ def main() -> None:
     prepared = prepare(load_study_file(args.study))
     rows = [_row(prepared, kept) for kept in args.kept or prepared.spec.search.ladder]
     print_table(rows)
-    if args.json:
-        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 @torch.no_grad()

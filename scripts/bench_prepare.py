@@ -8,14 +8,13 @@ Prepares the study twice in a working folder of its own that is removed afterwar
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _bench import environment, peak_memory, print_table, with_work_dir
+from _bench import peak_memory, print_table, with_work_dir, write_report
 
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import load_study_file
@@ -35,10 +34,8 @@ def main() -> None:
             began = time.perf_counter()
             prepared = prepare(study)
             rows.append(_row(start, prepared, time.perf_counter() - began))
-    report = {"environment": environment(prepared.device), "study": study.spec.name, "rows": rows}
     print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, study.spec.name, rows)
 
 
 def _row(start: str, prepared: Prepared, seconds: float) -> dict[str, object]:

@@ -14,7 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from _bench import environment, print_table, with_work_dir
+from _bench import print_table, with_work_dir, write_report
 
 from rank_search.preparing import prepare
 from rank_search.spec import StudyFile, load_study_file, parse_study
@@ -48,9 +48,7 @@ def main() -> None:
                     }
                 )
     print_table(rows)
-    if args.json:
-        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 def _changed(study: StudyFile, setting: str, value: object) -> StudyFile:

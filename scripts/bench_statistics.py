@@ -18,12 +18,11 @@ Each row is the closed form on factors from other statistics; docs/experiments.m
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from _bench import environment, print_table
+from _bench import print_table, write_report
 from torch import Tensor, nn
 
 from rank_search.allocation import Allocator
@@ -224,9 +223,7 @@ def main() -> None:
             }
             rows.append({"statistics": name, "storage": prepared.space.storage, **found})
     print_table(rows)
-    if args.json:
-        report = {"environment": environment(prepared.device), "study": prepared.spec.name, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ Runs the study's first trials (its ladder comes first) in a database of its own 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
-from _bench import environment, peak_memory, print_table
+from _bench import environment, peak_memory, print_table, write_report
 
 from rank_search.api import facts_of
 from rank_search.preparing import prepare
@@ -34,16 +33,10 @@ def main() -> None:
         study = Study.open(prepared.spec, f"sqlite:///{scratch}/bench.db", prepared.allocator, facts_of(prepared))
         rows = [_trial(study, evaluator) for _ in range(args.trials)]
         study.close()
-    report = {
-        "environment": environment(prepared.device),
-        "study": prepared.spec.name,
-        "peak_memory_mib": peak_memory(prepared.device) // 2**20,
-        "rows": rows,
-    }
+    peak = peak_memory(prepared.device) // 2**20
     print_table(rows)
-    print(f"peak memory {report['peak_memory_mib']} MiB on {report['environment']['device']}")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"peak memory {peak} MiB on {environment(prepared.device)['device']}")
+    write_report(args.json, prepared.device, prepared.spec.name, rows, peak_memory_mib=peak)
 
 
 def _trial(study: Study, evaluator: Evaluator) -> dict[str, object]:

@@ -92,28 +92,24 @@ class OptunaStudy:
             )
             self._id = self._storage.get_study_id_from_name(name)
 
-    @staticmethod
-    def exists(url: URL, name: str) -> bool:
+    @classmethod
+    def exists(cls, url: URL, name: str) -> bool:
         """Whether the database holds an Optuna study of this name, the project's or another's."""
-        storage = open_storage(url, skip_table_creation=True)
-        try:
-            storage.get_study_id_from_name(name)
-        except KeyError:
-            return False
-        except StorageInternalError as error:
-            raise storage_error(url, error.__cause__) from None
-        finally:
-            close_storage(storage)
-        return True
+        return cls._attributes(url, name) is not None
+
+    @classmethod
+    def is_seeded(cls, url: URL, name: str) -> bool:
+        """Whether the database holds an Optuna study of this name with all its seeds."""
+        return bool((cls._attributes(url, name) or {}).get(_SEEDED))
 
     @staticmethod
-    def is_seeded(url: URL, name: str) -> bool:
-        """Whether the database holds an Optuna study of this name with all its seeds."""
+    def _attributes(url: URL, name: str) -> dict[str, Any] | None:
+        """User attributes of an Optuna study of this name; None if there is none."""
         storage = open_storage(url, skip_table_creation=True)
         try:
-            return bool(storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(_SEEDED))
+            return storage.get_study_user_attrs(storage.get_study_id_from_name(name))
         except KeyError:
-            return False
+            return None
         except StorageInternalError as error:
             raise storage_error(url, error.__cause__) from None
         finally:

@@ -7,7 +7,7 @@ the rest are replays of the recording. A model whose step cannot be recorded run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-Batch = Mapping[str, Tensor]
-"""The tensors of one step, first axis examples."""
+from rank_search.task import Batch
 
 EAGER_STEPS = 3
 """Before the recording: libraries choose their algorithms and allocate their workspaces in the first steps."""

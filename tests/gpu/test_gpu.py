@@ -15,8 +15,8 @@ from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
 from rank_search.spec import FinetuneSpec, TargetSpec, load_study_file
-from rank_search.task import Examples
-from rank_search.train.capture import Batch, CapturedStep
+from rank_search.task import Batch, Examples
+from rank_search.train.capture import CapturedStep
 from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
