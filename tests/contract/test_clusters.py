@@ -138,7 +138,8 @@ OPTIONS = {"image": "registry.example/rank-search:1", "volume": "studies"}
 
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_the_manifest_keeps_to_the_official_schema(tmp_path: Path, gpus: int) -> None:
-    validate = pytest.importorskip("kubernetes_validate")
+    import kubernetes_validate as validate
+
     made = manifest(make_job(tmp_path), KubernetesOptions(**OPTIONS), gpus)
     for version in ("1.33", "1.37"):
         validate.validate(yaml.safe_load(yaml.safe_dump(made)), version, strict=True)

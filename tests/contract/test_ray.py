@@ -39,7 +39,6 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one worker each, with a GPU in name."""
-    pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray

@@ -78,7 +78,6 @@ def test_pieces_add_up_to_runs_and_files_merge(
 def test_searches_without_a_fine_tune_propose_at_all_budgets(
     bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
-    pytest.importorskip("scipy")
     study, rows = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows.jsonl"
     bench(study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "2")
     for name in ("bolaco", "evolution"):

