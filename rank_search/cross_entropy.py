@@ -7,6 +7,8 @@ one-hot) is written down in the logits' own type at once.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,23 +35,17 @@ class _MeanCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
         counted = labels != ignored
         weights = counted / counted.sum()
-        rows = max(1, _PIECE // logits.shape[1])
+        # A row that is not counted needs some label that exists.
+        labels = labels.where(counted, 0)
         total = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        piece = _compiled_piece() if logits.is_cuda else _piece
         # Under autocast its functions would choose their own types.
         with torch.autocast(logits.device.type, enabled=False):
-            for start in range(0, len(logits), rows):
-                piece = slice(start, start + rows)
-                # A row that is not counted needs some label that exists.
-                label = labels[piece].where(counted[piece], 0)
-                row = torch.arange(len(label), device=label.device)
-                logs = logits[piece].float().log_softmax(1)
-                right = logs[row, label]
-                total -= (right * weights[piece]).sum()
-                if gradient is not None:
-                    soft = logs.exp_()
-                    soft[row, label] = right.exp() - 1
-                    gradient[piece] = soft.mul_(weights[piece][:, None])
+            for start in range(0, len(logits), rows := _rows(logits)):
+                part = slice(start, start + rows)
+                out = None if gradient is None else gradient[part]
+                total += piece(logits[part], labels[part], weights[part], out)
         ctx.save_for_backward(gradient)
         return total
 
@@ -57,3 +53,25 @@ class _MeanCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0].to(gradient.dtype), None, None
+
+
+def _rows(logits: Float[Tensor, "rows classes"]) -> int:
+    """Rows of a piece: a power of two, so that a batch is most often cut into equal ones."""
+    return 1 << max(0, (_PIECE // logits.shape[1]).bit_length() - 1)
+
+
+def _piece(logits: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor | None) -> Tensor:
+    """The weighed loss of some rows; its gradient is written to ``gradient``."""
+    raised = logits.float()
+    normaliser = raised.logsumexp(1, keepdim=True)
+    loss = ((normaliser - raised.gather(1, labels[:, None])).squeeze(1) * weights).sum()
+    if gradient is not None:
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        soft = (raised - normaliser).exp() - (classes == labels[:, None]).float()
+        gradient.copy_(soft * weights[:, None])
+    return loss
+
+
+@functools.cache
+def _compiled_piece() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    return torch.compile(_piece, dynamic=False)

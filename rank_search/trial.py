@@ -181,6 +181,7 @@ class Evaluator:
                 train,
                 self._spec.finetune.at(kept, self._prepared.space.storage),
                 seed=self._spec.search.seed,
+                targets=self._prepared.targets,
                 progress=progress,
             )
             yield Applied(layers, swap_seconds, tuned.losses)

@@ -8,7 +8,7 @@ the rest are replays of the recording. A model whose step cannot be recorded run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rank_search.task import Batch
 
-EAGER_STEPS = 3
+EAGER_STEPS = 2
 """Before the recording: libraries choose their algorithms and allocate their workspaces in the first steps."""
 
 _WATCHED = "rank-search-watched"
@@ -73,20 +73,32 @@ class CapturedStep:
     def _eager(self, batch: Batch) -> Tensor:
         # On a stream of its own, as a recording is, so that both use the same workspaces.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), _attention(self._model, _WATCHED), self._watch:
+        with torch.cuda.stream(self._stream), self._watching() if self._done == 1 else self._as_recorded():
             loss = self._step(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
 
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        # Nothing is compiled in it: the watched attention is not the one of later steps.
+        torch.compiler.set_stance("force_eager")
+        try:
+            with _attention(self._model, _WATCHED), self._watch:
+                yield
+        finally:
+            torch.compiler.set_stance("default")
+
+    def _as_recorded(self) -> AbstractContextManager[None]:
+        # Where the first step needed no explicit mask, the recorded one must not build one: transformers cannot look
+        # at positions while it records, and would take them for packed sequences.
+        return _attention(self._model, None if self._watch.masked else _UNMASKED)
+
     def _record(self, batch: Batch) -> None:
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        # Where the steps so far needed no explicit mask, the recorded one must not build one: transformers cannot look
-        # at positions while it records, and would take them for packed sequences.
-        name = None if self._watch.masked else _UNMASKED
         torch.cuda.synchronize()
         try:
-            with _attention(self._model, name), torch.cuda.graph(graph, stream=self._stream):
+            with self._as_recorded(), torch.cuda.graph(graph, stream=self._stream):
                 self._loss = self._step(self._batch)
         except RuntimeError as error:  # of the driver: an operation that waits for the device, or may not be recorded
             self._refused = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,12 @@ from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.model.device import autocast, deterministic
+from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import PLAIN_RATE, FinetuneSpec
 from rank_search.task import Batch, Examples
 from rank_search.train.capture import CapturedStep
+from rank_search.train.fused import NO_COPIES, Copies, can_fuse, fused
 
 _NOT_CAPTURED = "the steps of this model cannot be recorded ({}); running them one by one"
 
@@ -37,6 +39,7 @@ def finetune(
     spec: FinetuneSpec,
     *,
     seed: int,
+    targets: Sequence[Target] = (),
     progress: Progress = SILENT,
     capture: bool = True,
 ) -> FinetuneResult:
@@ -54,11 +57,24 @@ def finetune(
         groups = _groups(model, layers, spec)
         if not groups:
             return FinetuneResult(())
-        with _requiring_grad([parameter for group in groups for parameter in group.parameters]):
+        with (
+            _requiring_grad([parameter for group in groups for parameter in group.parameters]),
+            fused_if_worth_it(model, targets, spec, groups[0].parameters[0].device) as copies,
+        ):
             losses = train_steps(
-                model, groups, examples, spec, steps, seed=seed, title="fine-tune", progress=progress, capture=capture
-            )
+                model, groups, examples, spec, steps, seed=seed, title="fine-tune", progress=progress,
+                capture=capture, copies=copies,
+            )  # fmt: skip
     return FinetuneResult(_checked(losses))
+
+
+def fused_if_worth_it(
+    model: nn.Module, targets: Sequence[Target], spec: FinetuneSpec, device: torch.device
+) -> AbstractContextManager[Copies]:
+    """The model fused inside the block, where that is asked for and possible: on a GPU, with factors trained alone."""
+    if device.type == "cuda" and spec.compiled and spec.train == "factors" and can_fuse(targets):
+        return fused(model, targets)
+    return nullcontext(NO_COPIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +111,7 @@ def train_steps(
     progress: Progress = SILENT,
     before_step: Callable[[int], object] = lambda _index: None,
     capture: bool = True,
+    copies: Copies = NO_COPIES,
 ) -> Float[Tensor, " steps"]:
     """The loop of every fine-tune: ``steps`` of AdamW on ``groups``; returns each step's loss, on the device.
 
@@ -112,8 +129,10 @@ def train_steps(
             loss = examples.task.loss(model, batch)
         if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
             loss.backward()
+            copies.hand_gradients_over()
             nn.utils.clip_grad_norm_(trained, spec.clip)
             optimizer.step()
+            copies.refresh()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

@@ -11,13 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rank_search.allocation import Allocator
-from rank_search.compress.alignment import aligned_rank, padded
 from rank_search.compress.low_rank import place, restore
+from rank_search.compress.nested_linear import NestedLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.factors.decompose import Factors
 from rank_search.model.targets import Target
@@ -25,7 +24,7 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.spec import PLAIN_RATE, FinetuneSpec, SearchSpec
 from rank_search.task import Examples
-from rank_search.train.finetune import Group, rank_scale, train_steps
+from rank_search.train.finetune import Group, fused_if_worth_it, rank_scale, train_steps
 
 
 def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
@@ -52,67 +51,6 @@ def sampled_rank_maps(
         return allocator.blend(kept, uniformity, {shape.name: u[shape.group] for shape in allocator.space.shapes})
 
     return draw
-
-
-class NestedLinear(nn.Module):
-    """The factors of one target layer, of which the first ``rank`` are used; a rank of -1 is the dense layer.
-
-    The rank is a tensor that the layer reads in every forward pass, and all factors are multiplied whatever it says:
-    the work never changes, so that on a GPU a step can be recorded (``masked``). On a CPU, which gains nothing from
-    that, the factors are sliced. Both give the same sums of the same products.
-
-    Args:
-        largest: the largest rank that will be asked for; factors beyond it are left out.
-        ever_dense: whether the dense layer will be asked for.
-    """
-
-    def __init__(
-        self, target: Target, factors: Factors, rank: Int[Tensor, ""], *, masked: bool, largest: int, ever_dense: bool
-    ) -> None:
-        super().__init__()
-        weight = target.matrix
-        aligned = aligned_rank(largest, weight.device)
-        out, inn = (part[:largest].to(weight.device, weight.dtype, copy=True) for part in (factors.out, factors.inn))
-        self.out = nn.Parameter(padded(out, aligned))
-        self.inn = nn.Parameter(padded(inn, aligned))
-        self._rank = rank
-        self._masked = masked
-        self._largest = largest
-        self._ever_dense = ever_dense
-        self._index = torch.arange(aligned, device=weight.device)
-        # Not registered: they are the dense model's.
-        self._dense = (weight, target.bias)
-
-    def trained(self, before: Factors) -> Factors:
-        """The factors as they are now; the singular values are those of ``before``."""
-        out, inn = before.out.clone(), before.inn.clone()
-        out[: self._largest] = self.out.detach()[: self._largest].float().cpu()
-        inn[: self._largest] = self.inn.detach()[: self._largest].float().cpu()
-        return Factors(out, inn, before.sigma)
-
-    @property
-    def weight(self) -> Float[Tensor, "m n"]:
-        """The matrix at the present rank: for code that reads a layer's matrix instead of calling it."""
-        low_rank = self._used(self.out).T @ self.inn
-        if not self._ever_dense:
-            return low_rank
-        return low_rank + self._dense[0] * (self._rank < 0).to(self.out.dtype)
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """The layer at its present rank."""
-        weight, bias = self._dense
-        if not self._masked:
-            rank = int(self._rank)
-            if rank < 0:
-                return F.linear(x, weight, bias)
-            return F.linear(F.linear(x, self.inn[:rank]), self.out[:rank].T, bias)
-        # Whichever is less work for a batch of many vectors, next to which a product of factors is none.
-        if self._ever_dense or len(self._index) * sum(weight.shape) > weight.numel():
-            return F.linear(x, self.weight, bias)
-        return F.linear(F.linear(x, self._used(self.inn)), self.out.T, bias)
-
-    def _used(self, factors: Float[Tensor, "rank d"]) -> Float[Tensor, "rank d"]:
-        return factors * (self._index < self._rank).to(factors.dtype)[:, None]
 
 
 def nested_finetune(
@@ -154,10 +92,12 @@ def nested_finetune(
         return dict(factors)
     place(targets, layers)
     try:
-        losses = train_steps(
-            model, _groups(layers, wanted, targets, spec), examples, spec, steps, seed=seed, title="nested fine-tune",
-            progress=progress, before_step=lambda index: now.copy_(ranks[index]),
-        )  # fmt: skip
+        groups = _groups(layers, wanted, targets, spec)
+        with fused_if_worth_it(model, targets, spec, device) as copies:
+            losses = train_steps(
+                model, groups, examples, spec, steps, seed=seed, title="nested fine-tune",
+                progress=progress, before_step=lambda index: now.copy_(ranks[index]), copies=copies,
+            )  # fmt: skip
     finally:
         restore(targets)
     worst = int((~torch.isfinite(losses)).sum())
@@ -181,7 +121,7 @@ def _groups(
             mean = float(asked[asked > 0].double().mean())
             full = min(target.shape.m, target.shape.n)
             scale = rank_scale(mean, full) if spec.learning_rate_scale == "rank" else 1.0
-            groups.setdefault(scale, []).extend(layers[target.name].parameters())
+            groups.setdefault(scale, []).extend(layers[target.name].factors)
     rate = PLAIN_RATE if spec.learning_rate is None else spec.learning_rate
     return [Group(parameters, rate * scale) for scale, parameters in groups.items()]
 

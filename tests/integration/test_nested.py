@@ -13,7 +13,8 @@ from rank_search.errors import NonFiniteLossError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
-from rank_search.train.nested import NestedLinear, kept_ranges, nested_finetune, sampled_rank_maps
+from rank_search.compress.nested_linear import NestedLinear
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 
@@ -50,11 +51,11 @@ def test_masking_trains_as_slicing_does(prepared: Prepared) -> None:
             target, prepared.bank[target.name], torch.tensor(5), masked=masked, largest=8, ever_dense=False
         )
         layer(x[..., : target.shape.n]).square().sum().backward()
-        assert layer.out.grad is not None
-        assert layer.inn.grad is not None
-        assert not layer.out.grad[5:].any()
-        assert not layer.inn.grad[5:].any()
-        gradients.append((layer.out.grad, layer.inn.grad))
+        assert layer.outer.grad is not None
+        assert layer.inner.grad is not None
+        assert not layer.outer.grad[:, 5:].any()
+        assert not layer.inner.grad[5:].any()
+        gradients.append((layer.outer.grad, layer.inner.grad))
     for sliced, zeroed in zip(*gradients, strict=True):
         torch.testing.assert_close(sliced, zeroed, rtol=1e-4, atol=1e-6)
 
