@@ -28,6 +28,7 @@ from rank_search.api import (
     status,
     view,
 )
+from rank_search.client import Client
 from rank_search.errors import RankSearchError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
@@ -36,6 +37,7 @@ from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.spec import DataSpec, ModelSpec, StudyFile, StudySpec, TargetSpec, load_study_file
 
 __all__ = [
+    "Client",
     "DataSpec",
     "Evaluation",
     "Fidelity",

@@ -161,6 +161,24 @@ class Allocator:
         self._spend(spent, budget, self._saving(self._weights(None)))
         return self._rank_map(spent)
 
+    def rises(self, rank_map: RankMap) -> Floats:
+        """Predicted rise of every layer (layers,), in nats; they sum to :meth:`predicted_rise`."""
+        ranks = [rank_map.get(curve.shape.name, 0) for curve in self._curves]
+        found: Floats = self._by_rank[np.arange(len(ranks)), ranks]
+        return found
+
+    @cached_property
+    def _by_rank(self) -> Floats:
+        """(layers, ranks), the predicted rise of every layer at every rank, 0 for dense; of a rank that is not allowed
+        that of the next larger one."""
+        table = np.zeros((len(self._curves), 1 + max(min(shape.m, shape.n) for shape in self.space.shapes)))
+        for row, curve in zip(table, self._curves, strict=True):
+            allowed = curve.ranks > 0
+            if allowed.any():
+                last = int(curve.ranks[allowed][-1])
+                row[1 : last + 1] = curve.rises[np.searchsorted(curve.ranks[allowed], np.arange(1, last + 1))]
+        return table
+
     def predicted_rise(self, rank_map: RankMap) -> float:
         """Predicted rise of the loss over the dense model, in nats per token."""
         rise = 0.0
@@ -177,13 +195,13 @@ class Allocator:
 
     def _walk(self, budget: int, weights: Floats) -> list[int]:
         """Indices into each layer's choices after walking all hulls, steepest first."""
-        chosen = [int(curve.hull[0]) for curve in self._curves]
-        left = budget - sum(int(curve.params[i]) for curve, i in zip(self._curves, chosen, strict=True))
+        first = np.array([curve.hull[0] for curve in self._curves])
+        left = budget - self._used(first.tolist())
         order = self._plain_order if (weights == 1).all() else self._order(weights)
         spent = np.cumsum(self._cost[order])
-        whole = int(np.searchsorted(spent, left, side="right"))
-        for step in order[:whole]:
-            chosen[self._layer[step]] = int(self._end[step])
+        steps = order[: int(np.searchsorted(spent, left, side="right"))]
+        np.maximum.at(first, self._layer[steps], self._end[steps])  # the ends of a layer's steps rise
+        chosen: list[int] = first.tolist()
         self._spend(chosen, budget, self._saving(weights))
         return chosen
 

@@ -110,14 +110,23 @@ def run(
     from rank_search.dashboard.spectra import Spectra
     from rank_search.preparing import prepare as prepare_study
     from rank_search.stop_rules import StopRules
+    from rank_search.study.patience import Patience
     from rank_search.study.study import Study, given_seeds
+    from rank_search.study.turns import Turns
     from rank_search.trial import Evaluator
     from rank_search.worker import stop_reason, work
 
-    prepared = prepare_study(pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space))
+    patience = Patience(file.spec.run.database_patience_seconds, progress.say)
+    prepared = prepare_study(
+        pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space),
+        turn=Turns.of(url, file.spec.run.lease_seconds, patience),
+    )  # fmt: skip
     asked = given_seeds(file.spec, url, prepared.allocator)
     given = _seed_rank_maps(prepared, asked, progress) if asked else {}
-    opened = Study.open(file.spec, url, prepared.allocator, facts_of(prepared), given)
+    opened = Study.open(
+        file.spec, url, prepared.allocator, facts_of(prepared), given, spool=file.work_dir / "spool",
+        patience=patience,
+    )  # fmt: skip
     spectra = Spectra.of_tails(prepared.space.shapes, prepared.bank.tails())
     with closing(opened), Refreshing(url, opened.name, spectra, on_trouble=progress.say) as dashboard:
         if other is not None:

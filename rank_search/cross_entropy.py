@@ -39,7 +39,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         labels = labels.where(counted, 0)
         total = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        piece = _compiled_piece() if logits.is_cuda else _piece
+        piece = _compiled(_piece) if logits.is_cuda else _piece
         # Under autocast its functions would choose their own types.
         with torch.autocast(logits.device.type, enabled=False):
             for start in range(0, len(logits), rows := _rows(logits)):
@@ -52,7 +52,8 @@ class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        scaled = _compiled(_scaled) if gradient.is_cuda else _scaled
+        return scaled(gradient, outer[0]), None, None
 
 
 def _rows(logits: Float[Tensor, "rows classes"]) -> int:
@@ -72,6 +73,10 @@ def _piece(logits: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor | N
     return loss
 
 
+def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
+    return (gradient * by).to(gradient.dtype)
+
+
 @functools.cache
-def _compiled_piece() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    return torch.compile(_piece, dynamic=False)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)

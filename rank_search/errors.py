@@ -14,7 +14,13 @@
     │   ├── DeviceError             a device that was asked for and is not there
     │   ├── CheckpointError         a checkpoint folder that is in the way or cannot be written
     │   ├── StudyMismatchError      a study resumed with a file that means something else
+    │   ├── ConflictError           something that does not go with what is there already
     │   └── StorageError            database unreachable, of an unknown version, or without the study
+    │       ├── UnavailableError    it may pass by itself: no connection, a full disk
+    │       └── LeaseLostError      a trial that another worker has taken over; what came of it is not stored
+    ├── OutOfPatienceError          the database stayed unavailable for too long
+    ├── DeviceLostError             a GPU that this process cannot use any more
+    ├── ServiceError                a service that refuses a request or cannot be reached
     ├── DecompositionError          a layer whose factors could not be computed
     ├── BankError                   a factor bank that cannot be written or is damaged
     ├── ExhaustedError              a study whose space has no rank map left that was not proposed
@@ -78,8 +84,40 @@ class StudyMismatchError(InputError):
     """A study is resumed with a file that means something else."""
 
 
+class ConflictError(InputError):
+    """What is asked for does not go with what is there already."""
+
+
 class StorageError(InputError):
     """The database cannot be reached, is of an unknown version, or lacks the study."""
+
+
+class UnavailableError(StorageError):
+    """The database cannot be reached or has no room; that may pass by itself."""
+
+
+class LeaseLostError(StorageError):
+    """A trial was taken from a worker that did not renew its lease; what it measured is not stored."""
+
+
+class OutOfPatienceError(RankSearchError):
+    """The database stayed unavailable for longer than a worker waits."""
+
+    exit_code = 75
+
+
+class DeviceLostError(RankSearchError):
+    """A GPU has failed under this process, which cannot use it any more; another process may."""
+
+    exit_code = 75
+
+
+class ServiceError(RankSearchError):
+    """A service refuses a request or cannot be reached; ``status`` is HTTP's, where there was an answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class DecompositionError(RankSearchError):

@@ -18,7 +18,7 @@ from rank_search.allocation import Allocator
 from rank_search.data.blocks import check_length
 from rank_search.data.making import ExampleMaker, maker
 from rank_search.data.splits import Splits
-from rank_search.factors.bank import BankKey, FactorBank, TrialBanks, open_or_build
+from rank_search.factors.bank import BankKey, FactorBank, TrialBanks, Turn, open_or_build
 from rank_search.factors.build import BuildTimes, build_factors
 from rank_search.factors.decompose import Factors
 from rank_search.metrics.collecting import check_metrics
@@ -86,11 +86,13 @@ def prepare(
     progress: Progress = SILENT,
     nested: bool = True,
     check: Callable[[RankSpace, str], object] = lambda _space, _weights_digest: None,
+    turn: Turn | None = None,
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
     In nested mode the banks of its ranges are made, too, unless ``nested`` is False: allocations do not need them.
-    ``check`` may refuse the rank space or the digest of the weights before anything is computed or written.
+    ``check`` may refuse the rank space or the digest of the weights before anything is computed or written. ``turn``
+    has the workers of several hosts build a bank once; without it, those of this host do.
 
     Raises:
         InputError: what the study file asks for is not there or does not fit together.
@@ -115,11 +117,11 @@ def prepare(
     splits = maker_for(loaded).splits(spec.data, study.folder, study.work_dir, progress, spec.validation.folds)
     blocks_at = time.perf_counter()
     times = BuildTimes()
-    bank = _bank(study, loaded, targets, space, splits, times, progress)
+    bank = _bank(study, loaded, targets, space, splits, times, progress, turn)
     bank_at = time.perf_counter()
     trial_banks = TrialBanks.single(bank)
     if nested and spec.finetune.mode == "nested":
-        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress)
+        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn)
     return Prepared(
         study, loaded, device, targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
@@ -137,17 +139,20 @@ def maker_for(loaded: LoadedModel) -> ExampleMaker:
 
 def _bank(
     study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
-    times: BuildTimes, progress: Progress,
+    times: BuildTimes, progress: Progress, turn: Turn | None,
 ) -> FactorBank:  # fmt: skip
     """Open the study's factor bank, or build it."""
     spec = study.spec
-    key = BankKey.of(loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, space)
-
+    key = BankKey.of(
+        loaded.revision, loaded.weights_digest, splits.calibration_digest, spec.factors, space,
+        splits.recalibration_digest,
+    )  # fmt: skip
     batch_blocks = spec.run.calibration_batch_blocks or spec.run.score_batch_blocks
 
     def build() -> dict[str, Factors]:
         return build_factors(
             loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors, space,
+            recalibration=Examples.of(loaded.task, splits.recalibration.columns),
             batch_blocks=batch_blocks, progress=progress, times=times,
         )  # fmt: skip
 
@@ -155,7 +160,7 @@ def _bank(
     made = {"model": spec.model.source, "device": device, "calibration_blocks": len(splits.calibration)}
     return open_or_build(
         study.work_dir, key, build, made,
-        on_wait=lambda: progress.say("another process is building the factor bank; waiting"),
+        on_wait=lambda: progress.say("another process is building the factor bank; waiting"), turn=turn,
     )  # fmt: skip
 
 
@@ -165,7 +170,7 @@ class _TakenByAnotherError(Exception):
 
 def _nested_banks(
     study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
-    bank: FactorBank, progress: Progress,
+    bank: FactorBank, progress: Progress, turn: Turn | None,
 ) -> TrialBanks:  # fmt: skip
     """Open the banks of the study's nested fine-tune, or train them.
 
@@ -198,7 +203,9 @@ def _nested_banks(
             **({"frozen": space.frozen} if space.frozen else {}),  # rank maps of the steps leave these as they are
         }
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        return open_or_build(study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made, on_wait)
+        return open_or_build(
+            study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made, on_wait, turn
+        )
 
     def leave() -> None:
         raise _TakenByAnotherError

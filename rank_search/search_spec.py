@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Space = Literal["multipliers", "groups", "direct"]
-Sampler = Literal["tpe", "nsga2", "nsga3", "gp", "random", "mutation"]
+Sampler = Literal["fitted", "tpe", "nsga2", "nsga3", "gp", "random", "mutation"]
 Allocation = Literal["closed-form", "uniform", "asvd", "svd-llm-v2", "zs-svd", "io-svd", "bolaco"]
 """Rules from a budget to a rank map: the package's own two, and those of published methods."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -35,9 +35,10 @@ class SearchSpec(Table):
     blocks (`groups`), or one rank a layer (`direct`)."""
     depth_buckets: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Stretches of blocks of the space `groups`; None: 4."""
-    sampler: Sampler = "tpe"
-    """Optuna's `tpe` (multivariate), `nsga2`, `nsga3`, `gp` (which needs the extra of that name) or `random`; or
-    `mutation`, which changes good rank maps by a few layers at a time and takes `space = "direct"`."""
+    sampler: Sampler = "fitted"
+    """`fitted`: where the front has gaps, the closed form with multipliers fitted to all measured losses; not over
+    `space = "direct"`. `mutation`: good rank maps, changed by a few layers at a time; over `space = "direct"` alone.
+    And Optuna's `tpe` (multivariate), `nsga2`, `nsga3`, `gp` (which needs the extra of that name) and `random`."""
     trials: Positive = 40
     """Finished trials of the whole study."""
     seed: Seed = 0

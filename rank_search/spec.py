@@ -180,6 +180,9 @@ class FactorSpec(Table):
     """Take the statistics once more, on the model that the closed form makes at this kept fraction of the target
     layers, and decompose by the mean of both: layers then count as they do between the dense and the compressed model.
     1: by the dense model's alone."""
+    slope_power: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """On that compressed model, measure how fast the loss rises along what each layer lost, and multiply the layer's
+    predicted rises by this power of what that is of its prediction (`kfac` alone). 0: leave them as they are."""
 
 
 class FinetuneSpec(Table):

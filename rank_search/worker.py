@@ -9,16 +9,29 @@ from dataclasses import dataclass
 
 import torch
 
-from rank_search.errors import ExhaustedError, RankSearchError, TrialError
+from rank_search.errors import (
+    DeviceLostError,
+    ExhaustedError,
+    LeaseLostError,
+    OutOfPatienceError,
+    RankSearchError,
+    StorageError,
+    TrialError,
+    one_line,
+)
 from rank_search.measurement import Measurement
 from rank_search.progress import SILENT, Progress
 from rank_search.stop_rules import StopRules
+from rank_search.study.heeding import Heeding
 from rank_search.study.records import Effort, State
 from rank_search.study.study import Proposal, Study
 from rank_search.trial import Evaluator
 
 SAME_FAILURES = 3
 """So many trials in a row that fail for the same reason stop the worker: the next would fail too."""
+
+_OF_A_LOST_DEVICE = ("CUDA error", "CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED")
+"""How RuntimeErrors begin that leave a process without its GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +69,15 @@ def work(
 
     Raises:
         TrialError: several trials in a row failed for the same reason.
+        DeviceLostError: the GPU failed; the trial is proposed again, to another process.
+        OutOfPatienceError: the database was away for longer than ``run.database_patience_seconds``.
     """
     started = time.monotonic()
     reasons: list[str] = []
     study.set_stop_reason(None)
     effort = study.effort()
-    while (stop := stop_reason(study, trials, rules, effort, time.monotonic() - started)) is None:
+    heeding = Heeding(study, progress)
+    while (stop := heeding.stop_reason() or stop_reason(study, trials, rules, effort, heeding.now() - started)) is None:
         try:
             proposal = study.ask(_left(effort, trials, rules))
         except ExhaustedError as error:
@@ -69,7 +85,7 @@ def work(
             break
         outcome = _measure(study, evaluator, proposal, progress)
         on_outcome(outcome)
-        reasons = [*reasons, outcome.reason] if outcome.reason else []
+        reasons = [*reasons, outcome.reason or ""] if outcome.state is State.FAILED else []
         if len(reasons) >= SAME_FAILURES and len(set(reasons[-SAME_FAILURES:])) == 1:
             raise TrialError(
                 f"{SAME_FAILURES} trials in a row failed for the same reason ({reasons[-1]}); "
@@ -105,11 +121,20 @@ def _left(effort: Effort, trials: int | None, rules: StopRules) -> int:
 def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Progress) -> Outcome:
     try:
         outcome = _climb(study, evaluator, proposal, progress)
+    except LeaseLostError as error:
+        progress.say(f"this worker was silent for too long: {error}; going on with another trial")
+        return Outcome(proposal, None, str(error), State.REQUEUED)
+    except (StorageError, OutOfPatienceError):
+        raise  # no fault of the trial's: its result is spooled, or it is proposed again when its lease has run out
     except (RankSearchError, torch.OutOfMemoryError) as error:
         reason = _reason(error)
         study.fail(proposal, reason)
         return Outcome(proposal, None, reason, State.FAILED)
     except Exception as error:
+        if _is_device_lost(error):
+            reason = f"the GPU failed under it ({one_line(error)})"
+            study.requeue(proposal, death=reason)
+            raise DeviceLostError(f"trial {proposal.number}: {reason}; another process must go on") from None
         # A defect: the trial ends, so that resuming the study does not run into it again, and the traceback is shown.
         study.fail(proposal, f"{type(error).__name__}: {error}")
         raise
@@ -128,6 +153,13 @@ def _climb(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Pro
             if rung < top and not study.report(proposal, rung, measurement):
                 return Outcome(proposal, measurement, None, State.PRUNED, seconds)
     return Outcome(proposal, measurement, None, study.tell(proposal, measurement, top), seconds)
+
+
+def _is_device_lost(error: Exception) -> bool:
+    """Whether a GPU is of no more use to this process: after such an error every later call of CUDA fails, too."""
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_A_LOST_DEVICE)
+    )
 
 
 def _reason(error: Exception) -> str:

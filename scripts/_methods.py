@@ -15,7 +15,7 @@ from rank_search.baselines.methods import METHODS
 from rank_search.data.examples import ExampleTable
 from rank_search.data.splits import Splits
 from rank_search.factors.bank import BankKey, FactorBank, TrialBanks
-from rank_search.factors.build import anchored, factors_of
+from rank_search.factors.build import build_factors, factors_of
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.device import resolve_device
@@ -89,13 +89,10 @@ class Seeded:
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Of all methods, from one pass."""
-        return self._collected(self.spec.factors.seed)
-
-    def _collected(self, seed: int) -> dict[str, LayerStatistics]:
         base = self._base
         return collect_statistics(
             base.loaded.model, base.targets, Examples.of(base.loaded.task, self.splits.calibration.columns),
-            batch_blocks=self.spec.run.score_batch_blocks, seed=seed,
+            batch_blocks=self.spec.run.score_batch_blocks, seed=self.spec.factors.seed,
         )  # fmt: skip
 
     def prepared(self, method: Method, factors: Mapping[str, Factors], storage: Storage) -> Prepared:
@@ -115,11 +112,15 @@ class Seeded:
         """All components of every matrix, on the device: they serve both storage forms."""
         base = self._base
         spec = self.spec.factors.model_copy(update={"method": method})
-        statistics = self.statistics
-        if method == "kfac" and spec.anchor < 1:  # the project's own; the published methods know no anchor
-            space = base.space.with_storage("pivoted")
-            statistics = anchored(base.targets, dict(statistics), spec, space, self._collected)
-        made = factors_of(base.targets, statistics.__getitem__, spec, "pivoted")
+        if method == "kfac":  # the project's own
+            task, splits = base.loaded.task, self.splits
+            made = build_factors(
+                base.loaded.model, base.targets, Examples.of(task, splits.calibration.columns), spec,
+                base.space.with_storage("pivoted"), recalibration=Examples.of(task, splits.recalibration.columns),
+                batch_blocks=self.spec.run.score_batch_blocks,
+            )  # fmt: skip
+        else:
+            made = factors_of(base.targets, self.statistics.__getitem__, spec, "pivoted")
         return {n: Factors(f.out.to(base.device), f.inn.to(base.device), f.sigma) for n, f in made.items()}
 
 

@@ -240,6 +240,8 @@ def search_figure(rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         axes.fill_between(x, [min(mine[at]) for at in x], [max(mine[at]) for at in x], color=color, alpha=0.12)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axes.set_xlabel("GPU-seconds")
     axes.set_ylabel("hypervolume of the confirmed front")
     axes.grid(alpha=0.25, which="both")

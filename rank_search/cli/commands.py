@@ -12,6 +12,7 @@ from rank_search.cli import (
     insight_commands,
     launch_commands,
     model_commands,
+    service_commands,
     study_commands,
     view_commands,
 )
@@ -55,8 +56,14 @@ app.command()(insight_commands.explain)
 app.command()(view_commands.watch)
 app.command()(view_commands.dashboard)
 app.command()(view_commands.report)
+app.command()(service_commands.serve)
+app.command()(service_commands.pause)
+app.command()(service_commands.resume)
+app.command()(service_commands.stop)
+app.command()(service_commands.jobs)
 app.command()(study_commands.export)
 app.command()(model_commands.apply)
 app.command()(model_commands.evaluate)
 app.command()(model_commands.layers)
 app.add_typer(database_commands.app, name="db")
+app.add_typer(service_commands.token_app, name="token")

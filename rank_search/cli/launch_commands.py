@@ -56,7 +56,7 @@ def launch(
     with LaunchBoard(load_study_file(study).spec.name) as board:
         code = launch_workers(
             study, board, storage=storage, trials=trials, workers=_count(workers), gpus_per_worker=gpus_per_worker,
-            on=on, options=_options(option or []), grace=grace, detach=detach,
+            on=on, options=key_values(option or []), grace=grace, detach=detach,
         )  # fmt: skip
     if detach:
         typer.echo(f"workers submitted; `rank-search status {study}` shows how far the study is")
@@ -106,7 +106,8 @@ def _count(text: str) -> int | None:
     return int(text)
 
 
-def _options(pairs: list[str]) -> dict[str, str]:
+def key_values(pairs: list[str]) -> dict[str, str]:
+    """An engine's options by their names."""
     for pair in pairs:
         if "=" not in pair:
             raise InputError(f"--option must be KEY=VALUE, not {pair!r}")

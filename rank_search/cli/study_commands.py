@@ -24,7 +24,7 @@ from rank_search.cli.options import (
 )
 from rank_search.cli.progress import TerminalProgress, duration
 from rank_search.cli.quiet import quiet_libraries
-from rank_search.errors import InputError
+from rank_search.errors import InputError, UnavailableError
 from rank_search.export.tables import front_csv, front_json
 from rank_search.spec import LOSS_UNITS, StudyFile, load_study_file
 
@@ -87,9 +87,13 @@ class _Search:
 
     def finished(self, outcome: Outcome) -> None:
         """A line for one trial, and the bar of all."""
-        front = api.front(self._file, storage=self._storage)
-        status = api.status(self._file, storage=self._storage)
         self.measured += 1
+        try:
+            front = api.front(self._file, storage=self._storage)
+            status = api.status(self._file, storage=self._storage)
+        except UnavailableError:  # the worker, whose trial is stored, waits for it
+            typer.echo(self._lines.line(outcome, on_front=False))
+            return
         on_front = any(point.trial == outcome.proposal.number for point in front)
         with self._progress.paused():
             if self.measured == 1:  # not before: whatever is to be refused has been by now

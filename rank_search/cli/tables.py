@@ -97,6 +97,11 @@ def status_lines(status: StudyStatus) -> Iterable[str]:
         yield f"{'stopped':<15}{status.stop_reason}"
     if status.last_activity is not None:
         yield f"{'last activity':<15}{_moment(status.last_activity)}"
+    for worker in status.workers:
+        host, process, _ = worker.worker.rsplit(":", 2)
+        doing = "between two trials" if worker.trial is None else f"trial {worker.trial}"
+        silent = ", silent: what it holds is proposed again" if worker.is_silent else ""
+        yield f"{'worker':<15}{host}, process {process}: {doing}, last heard of {worker.age:.0f} s ago{silent}"
     for number, reason in status.failures:
         yield f"trial {number} failed: {reason}"
 
@@ -122,7 +127,7 @@ class TrialLines:
         proposal, measured = outcome.proposal, outcome.measurement
         head = f"{proposal.number:>{self._number}}  {proposal.source:<{self._source}}"
         if measured is None:
-            return f"{head}  failed: {outcome.reason}"
+            return f"{head}  {outcome.state}: {outcome.reason}"
         line = (
             f"{head}  {measured.kept_of_targets:.4f}  {measured.num_params:>{self._params},}  {measured.loss:7.4f}"
             f"  {perplexity(measured.perplexity):>10}  {outcome.seconds:7.1f}"

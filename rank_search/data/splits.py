@@ -34,9 +34,23 @@ class Splits:
         return tuple(slice(count * fold // folds, count * (fold + 1) // folds) for fold in range(folds))
 
     @cached_property
+    def recalibration(self) -> ExampleTable:
+        """What a compressed model's statistics are taken on: training examples, as many as there are for calibration.
+
+        Those for calibration themselves where the training examples are fewer, or are validation too, by folds.
+        """
+        count = len(self.calibration)
+        return self.calibration if self.folds or len(self.train) < count else self.train[:count]
+
+    @cached_property
     def calibration_digest(self) -> str:
         """SHA-256 of the calibration examples."""
         return self.calibration.digest
+
+    @cached_property
+    def recalibration_digest(self) -> str:
+        """SHA-256 of the examples that a compressed model's statistics are taken on."""
+        return self.recalibration.digest
 
     @cached_property
     def train_digest(self) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from rank_search.front import FrontPoint
 
@@ -68,11 +69,16 @@ def front_csv(points: Iterable[FrontPoint]) -> str:
 
 def front_json(points: Iterable[FrontPoint]) -> str:
     """The rows as a JSON array of objects; a perplexity too large for a float is null."""
+    return json.dumps(front_objects(points), indent=2, allow_nan=False) + "\n"
+
+
+def front_objects(points: Iterable[FrontPoint]) -> list[dict[str, Any]]:
+    """The rows as JSON has them."""
     rows = [asdict(row) for row in front_rows(points)]
     for row in rows:
         row["perplexity"] = _finite(row["perplexity"])
         row["metrics"] = {name: _finite(value) for name, value in row["metrics"].items()}
-    return json.dumps(rows, indent=2, allow_nan=False) + "\n"
+    return rows
 
 
 def _finite(value: float) -> float | None:

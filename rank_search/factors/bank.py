@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +50,10 @@ class BankKey:
     layers: tuple[tuple[str, int, int], ...]
     anchor: float = 1.0
     """Kept fraction of the compressed model that the statistics were taken on, too; 1 for the dense model alone."""
+    recalibration_digest: str = ""
+    """Of what the compressed model was looked at on."""
+    slope_power: float = 0.0
+    """Of measured slopes over predicted ones, by which predicted rises were multiplied."""
     tuned: str = ""
     """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
     format_version: int = FORMAT_VERSION
@@ -59,13 +66,16 @@ class BankKey:
         calibration_digest: str,
         spec: FactorSpec,
         space: RankSpace,
+        recalibration_digest: str = "",
     ) -> BankKey:
         """The key of a study's bank. Plain SVD sees no calibration, so any calibration shares it."""
         blind = spec.method == "svd"
+        anchor = 1.0 if blind else spec.anchor
         return cls(
             revision, weights_digest, "" if blind else calibration_digest, _RECIPES.get(spec.method, spec.method),
             spec.damping, spec.seed, space.storage, tuple((shape.name, shape.m, shape.n) for shape in space.shapes),
-            anchor=1.0 if blind else spec.anchor,
+            anchor=anchor, recalibration_digest=recalibration_digest if anchor < 1 else "",
+            slope_power=spec.slope_power if spec.method == "kfac" and anchor < 1 else 0.0,
         )  # fmt: skip
 
     @property
@@ -163,11 +173,24 @@ def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
     return FactorBank(path, key, factors, header["made"])
 
 
+@runtime_checkable
+class Turn(Protocol):
+    """Lets one worker of all hosts at a time make what has a name."""
+
+    def __call__(
+        self, name: str, on_wait: Callable[[], object], is_made: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Have the turn inside the block, or none where it ``is_made`` by then; ``on_wait``: called before waiting."""
+
+
 def open_or_build(
     folder: Path, key: BankKey, build: Callable[[], Mapping[str, Factors]], made: Mapping[str, Any],
-    on_wait: Callable[[], object] = lambda: None,
+    on_wait: Callable[[], object] = lambda: None, turn: Turn | None = None,
 ) -> FactorBank:  # fmt: skip
-    """The bank of ``key``; the first process of a host to come builds it, the others wait and then map it.
+    """The bank of ``key``; the first process to come builds it, the others wait and then map it.
+
+    A file's lock makes the processes of a host wait for each other, ``turn`` those of all hosts: locks of files do
+    not reach over every shared folder, and one of a host that is gone may stay.
 
     ``on_wait`` is called before waiting for another process; what it raises ends the waiting.
 
@@ -178,27 +201,49 @@ def open_or_build(
     if bank is not None:
         return bank
     path = bank_path(folder, key)
+    lock = FileLock(path.with_suffix(".lock"))
+    with ExitStack() as held:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            name = f"bank {key.digest[:24]} in {_identity(path.parent)}" if turn is not None else ""
+        if turn is not None:
+            held.enter_context(turn(name, on_wait, path.exists))
+        with _writing(path):
+            if not _try_acquire(lock) and turn is None:
+                on_wait()
+                lock.acquire()
+        held.callback(lock.release)
+        bank = open_bank(folder, key)
+        if bank is not None:
+            return bank
+        for stale in path.parent.glob(f".{path.name}.*") if lock.is_locked else ():
+            stale.unlink(missing_ok=True)  # of a process that was killed as it wrote, since the lock is ours
+        _write(path, key, build(), made)
+        bank = open_bank(folder, key)
+        assert bank is not None
+        return bank
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        if not _try_acquire(lock):
-            on_wait()
-            lock.acquire()
+        yield
     except OSError as error:
         raise BankError(
             f"factor bank {path} cannot be written: {error.strerror or error}; choose another run.work_dir"
         ) from error
-    try:
-        bank = open_bank(folder, key)
-        if bank is None:
-            for stale in path.parent.glob(f".{path.name}.*"):
-                stale.unlink(missing_ok=True)  # of a process that was killed as it wrote, since the lock is ours
-            _write(path, key, build(), made)
-            bank = open_bank(folder, key)
-            assert bank is not None
-        return bank
-    finally:
-        lock.release()
+
+
+def _identity(folder: Path) -> str:
+    """Of a folder, the same for all hosts that share it."""
+    file = folder / ".identity"
+    if not file.exists():
+        own = folder / f".identity.{uuid.uuid4().hex}"
+        own.write_text(own.suffix[1:], encoding="ascii")
+        with suppress(FileExistsError):
+            file.hardlink_to(own)  # whole, and only by the first one
+        own.unlink()
+    return file.read_text(encoding="ascii")
 
 
 def _try_acquire(lock: FileLock) -> bool:
@@ -218,13 +263,17 @@ def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mappi
         tensors[f"{name}.inn"] = f.inn.contiguous().cpu()
         tensors[f"{name}.sigma"] = f.sigma.contiguous().cpu()
     header = {"bank": json.dumps({"key": asdict(key), "made": dict(made)})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata=header)
+        # safetensors makes files that nobody else may read; a shared bank is as open as its folder.
+        temporary.chmod(path.parent.stat().st_mode & 0o644)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
+        if path.exists():
+            return  # by the next one, to whom this one was silent for too long
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise BankError(
             f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; "

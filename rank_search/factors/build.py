@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rank_search.allocation import Allocator
 from rank_search.factors.bank import tails
 from rank_search.factors.decompose import NEEDS, Factors, Roots, decompose
+from rank_search.factors.slopes import Slope, measured_slopes, own_slope, rise_factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics, mean_statistics
 from rank_search.model.device import synchronize
 from rank_search.model.targets import Target
@@ -37,15 +39,15 @@ def build_factors(
     spec: FactorSpec,
     space: RankSpace,
     *,
+    recalibration: Examples | None = None,
     batch_blocks: int,
     progress: Progress = SILENT,
     times: BuildTimes | None = None,
 ) -> dict[str, Factors]:
     """Factors of every target layer, up to the largest rank that the storage form makes smaller than dense.
 
-    With ``spec.anchor`` the statistics are the mean of the dense model's and of those of the model compressed to that
-    kept fraction: the rise of the loss from one to the other is about the integral of its curvature between them, of
-    which this is the trapezoid rule.
+    Args:
+        recalibration: what a compressed model is looked at on (see :func:`anchored`); None: ``calibration`` again.
 
     Raises:
         DecompositionError: naming the layer.
@@ -56,24 +58,39 @@ def build_factors(
     device = next(model.parameters()).device
     needs = NEEDS[spec.method]
 
-    def collect(seed: int) -> dict[str, LayerStatistics]:
+    @contextmanager
+    def timed() -> Iterator[None]:
         started = time.perf_counter()
-        collected = collect_statistics(
-            model, targets, calibration, batch_blocks=batch_blocks, seed=seed,
-            inputs=needs.inputs, gradients=needs.gradients, progress=progress,
-        )  # fmt: skip
+        yield
         synchronize(device)
         times.statistics += time.perf_counter() - started
-        return collected
 
-    statistics = collect(spec.seed)
+    def collect(examples: Examples, seed: int) -> dict[str, LayerStatistics]:
+        with timed():
+            return collect_statistics(
+                model, targets, examples, batch_blocks=batch_blocks, seed=seed,
+                inputs=needs.inputs, gradients=needs.gradients, progress=progress,
+            )  # fmt: skip
+
+    def look(lost: Mapping[str, Tensor]) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
+        examples = recalibration or calibration
+        statistics = collect(examples, spec.seed + 1)
+        if not (spec.slope_power and needs.inputs and needs.gradients):
+            return statistics, {}
+        with timed():
+            return statistics, measured_slopes(
+                model, targets, lost, examples, batch_blocks=batch_blocks, progress=progress
+            )
+
+    statistics = collect(calibration, spec.seed)
     started, collecting = time.perf_counter(), times.statistics
+    factors_of_rises: dict[str, float] = {}
     if spec.anchor < 1 and (needs.inputs or needs.gradients):
-        statistics = anchored(targets, statistics, spec, space, collect, progress=progress)
+        statistics, factors_of_rises = anchored(targets, statistics, spec, space, look, progress=progress)
     # Popped: the statistics of a layer are freed as soon as its factors are there.
     factors = factors_of(targets, statistics.pop, spec, space.storage, progress=progress)
     times.decomposition = time.perf_counter() - started - (times.statistics - collecting)
-    return factors
+    return with_rises(factors, factors_of_rises)
 
 
 def anchored(
@@ -81,11 +98,19 @@ def anchored(
     statistics: dict[str, LayerStatistics],
     spec: FactorSpec,
     space: RankSpace,
-    collect: Callable[[int], dict[str, LayerStatistics]],
+    look: Callable[[Mapping[str, Tensor]], tuple[dict[str, LayerStatistics], dict[str, float]]],
     *,
     progress: Progress = SILENT,
-) -> dict[str, LayerStatistics]:
-    """The mean of ``statistics``, the dense model's, and what ``collect`` (given a seed) finds at ``spec.anchor``.
+) -> tuple[dict[str, LayerStatistics], dict[str, float]]:
+    """What a look at the model compressed to ``spec.anchor`` adds to the dense model's statistics.
+
+    The mean of both: the rise of the loss from one model to the other is about the integral of its curvature between
+    them, of which this is the trapezoid rule. And by how much to multiply predicted rises (:func:`rise_factors`).
+
+    Args:
+        statistics: the dense model's; emptied.
+        look: given what each layer has lost, takes statistics of the model as it is then, and slopes along the lost
+            parts (or none).
 
     Raises:
         DecompositionError: naming the layer.
@@ -94,13 +119,27 @@ def anchored(
     first = factors_of(targets, statistics.__getitem__, spec, space.storage, progress=progress)
     # Among all ranks, so that studies with other rank multiples or frozen layers share the bank.
     rank_map = Allocator(replace(space, multiple=1, frozen=()), tails(first)).closed_form(spec.anchor)
-    with _overwritten(targets, first, rank_map):
-        return mean_statistics(statistics, collect(spec.seed + 1))
+    with _overwritten(targets, first, rank_map) as lost:
+        at_anchor, measured = look(lost)
+    mean = mean_statistics(statistics, at_anchor)
+    slopes = {name: Slope(slope, own_slope(mean[name], lost[name])) for name, slope in measured.items()}
+    groups = {target.name: target.shape.group for target in targets}
+    return mean, rise_factors(slopes, groups, spec.slope_power) if slopes else {}
+
+
+def with_rises(factors: Mapping[str, Factors], by: Mapping[str, float]) -> dict[str, Factors]:
+    """The same factors with every predicted rise multiplied, of layers that ``by`` names."""
+    return {name: replace(made, sigma=made.sigma * by.get(name, 1.0) ** 0.5) for name, made in factors.items()}
 
 
 @contextmanager
-def _overwritten(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap) -> Iterator[None]:
-    """The matrices of ``rank_map`` hold what their factors stand for inside the block, and themselves after it."""
+def _overwritten(
+    targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap
+) -> Iterator[dict[str, Tensor]]:
+    """The matrices of ``rank_map`` hold what their factors stand for inside the block, and themselves after it.
+
+    Yields what that took from each of them, on the host.
+    """
     chosen = [target for target in targets if target.name in rank_map]
     # On the host: this is the one time that a model and a copy of its matrices are needed at once.
     kept = [target.matrix.detach().cpu().clone() for target in chosen]
@@ -108,7 +147,7 @@ def _overwritten(targets: Sequence[Target], factors: Mapping[str, Factors], rank
         for target in chosen:
             layer, rank, device = factors[target.name], rank_map[target.name], target.matrix.device
             target.write(layer.out[:rank].to(device).T @ layer.inn[:rank].to(device))
-        yield
+        yield {t.name: t.matrix.detach().cpu() - before for t, before in zip(chosen, kept, strict=True)}
     finally:
         for target, matrix in zip(chosen, kept, strict=True):
             target.write(matrix)

@@ -21,7 +21,7 @@ from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
 from rank_search.progress import SILENT, Progress, Step
 from rank_search.spec import StudyFile, load_study_file
 
-_QUIET = {
+QUIET = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -85,13 +85,13 @@ def run_worker(
 def outcome_line(outcome: Outcome) -> str:
     """What came of a trial, in one line."""
     measured = outcome.measurement
-    ended = f"failed: {outcome.reason}"
+    ended = f"{outcome.state}: {outcome.reason}"
     if measured is not None:
         ended = f"loss {measured.loss:.4f}, {measured.num_params:,} parameters, {measured.seconds:.1f} s"
     return f"trial {outcome.proposal.number} ({outcome.proposal.source}): {ended}"
 
 
-class _Log(Progress):
+class LogLines(Progress):
     """Lines on standard error: what is said, and what took long."""
 
     @contextmanager
@@ -114,12 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, help="finished trials wanted")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds to finish a trial in when asked to stop")
     given = parser.parse_args(arguments)
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         file = study_file(given.study, None)
         code = run_worker(
-            file, trials=given.trials, grace=given.grace, progress=_Log(),
+            file, trials=given.trials, grace=given.grace, progress=LogLines(),
             on_outcome=lambda outcome: print(outcome_line(outcome), flush=True),
         )  # fmt: skip
     except RankSearchError as error:

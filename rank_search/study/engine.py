@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -13,8 +14,9 @@ from sqlalchemy.dialects import plugins
 from sqlalchemy.engine import URL, CreateEnginePlugin, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from rank_search.errors import StorageError
+from rank_search.errors import StorageError, UnavailableError
 
 BUSY_SECONDS = 60
 """How long a process waits for the write lock of an SQLite file."""
@@ -33,6 +35,27 @@ NO_TRANSACTION = {"rank_search_begin": ""}
 
 _ADVICE = "check --storage or RANK_SEARCH_STORAGE"
 
+_PASSING_CODES = re.compile(r"08...|53...|57P0[1-4]")
+"""SQLSTATEs of PostgreSQL: connection, resources (a full disk, too many connections), shutdown and crash."""
+_PASSING_NUMBERS = {1021, 1040, 1053, 1077, 1079, 1203, 1205, 1213, 2002, 2003, 2006, 2013, 2055, 3024}
+"""Errors of MySQL: disk full, too many connections, shutdown, lock waits and deadlocks, connection lost."""
+_PASSING_WORDS = (
+    "database or disk is full", "database is locked", "disk i/o error", "connection refused", "timeout expired",
+    "connection timeout", "could not connect", "no such file or directory", "server closed the connection",
+    "failed to resolve host", "is starting up", "is shutting down", "in recovery mode", "connection is lost",
+    "the connection is closed", "connection failed", "network is unreachable", "no route to host",
+    "connection reset", "not yet accepting",
+)  # fmt: skip
+"""Of messages that come without a code: SQLite's, and those of connections that were never made."""
+_LASTING_WORDS = (
+    "no pg_hba.conf entry",
+    "authentication failed",
+    "no password supplied",
+    "does not exist",
+    "access denied",
+)
+"""Of connections that the server itself refused; nothing but a change by a person helps."""
+
 
 class _Setup(CreateEnginePlugin):
     """Sets up every engine, Optuna's too, from its first connection on.
@@ -41,8 +64,8 @@ class _Setup(CreateEnginePlugin):
     them can deadlock, and Optuna's claims of waiting trials, which rely on row locks, are handed out twice. Here a
     transaction takes the write lock when it begins, unless it is marked :data:`READ_ONLY`.
 
-    PostgreSQL: sessions in UTC, for in another time zone Optuna takes fresh trials of other workers for stale ones.
-    A statement sets it, because ``PGTZ`` in a worker's environment overrides the connection's options.
+    PostgreSQL, MySQL: sessions in UTC, for in another time zone Optuna takes fresh trials of other workers for stale
+    ones. A statement sets it, because ``PGTZ`` in a worker's environment overrides the connection's options.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
@@ -56,14 +79,24 @@ class _Setup(CreateEnginePlugin):
             event.listen(engine, "connect", _set_pragmas)
             event.listen(engine, "begin", _begin)
         elif engine.dialect.name == "postgresql":
-            event.listen(engine, "connect", _set_time_zone)
+            event.listen(engine, "connect", _set_time_zone("SET TIME ZONE 'UTC'"))
+        elif engine.dialect.name in {"mysql", "mariadb"}:
+            event.listen(engine, "connect", _set_time_zone("SET time_zone = '+00:00'"))
 
 
-def _set_time_zone(connection: DBAPIConnection, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("SET TIME ZONE 'UTC'")
-    cursor.close()
-    connection.commit()  # else the next rollback would undo it
+def _set_time_zone(statement: str) -> Callable[[DBAPIConnection, object], None]:
+    return lambda connection, _record: _set(connection, statement)
+
+
+def _set(connection: DBAPIConnection, statement: str) -> None:
+    """Run a statement on a connection that was just made."""
+    with ExitStack() as undo:
+        undo.callback(connection.close)  # nobody else does where the server is gone by now
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+        connection.commit()  # else the next rollback would undo it
+        undo.pop_all()
 
 
 def commit_without_waiting(engine: Engine) -> None:
@@ -79,10 +112,7 @@ def commit_without_waiting(engine: Engine) -> None:
 
 
 def _set_asynchronous(connection: DBAPIConnection, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("SET synchronous_commit = off")
-    cursor.close()
-    connection.commit()
+    _set(connection, "SET synchronous_commit = off")
 
 
 def _set_pragmas(connection: DBAPIConnection, _record: object) -> None:
@@ -182,7 +212,7 @@ def translated(url: URL) -> Iterator[None]:
     """Turn the errors of SQLAlchemy and its drivers into one line without the password.
 
     Raises:
-        StorageError: for every SQLAlchemy error inside the block.
+        StorageError: for every SQLAlchemy error inside the block; an :class:`UnavailableError` if it may pass.
     """
     try:
         yield
@@ -194,7 +224,24 @@ def storage_error(url: URL, error: BaseException | None) -> StorageError:
     """One line for an error of the database, without the password."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    return StorageError(f"database {shown(url)}: {_scrub(reason, url)}; {_ADVICE}")
+    kind = UnavailableError if _may_pass(error, cause, reason) else StorageError
+    return kind(f"database {shown(url)}: {_scrub(reason, url)}; {_ADVICE}")
+
+
+def _may_pass(error: BaseException | None, cause: BaseException | None, reason: str) -> bool:
+    """Whether the same statement may succeed later without anybody's doing."""
+    words = str(cause).lower()
+    if any(lasting in words for lasting in _LASTING_WORDS):
+        return False
+    if isinstance(error, PoolTimeoutError) or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return True
+    state = getattr(cause, "sqlstate", None)
+    if isinstance(state, str):
+        return _PASSING_CODES.fullmatch(state) is not None or state in {"40001", "40P01"}
+    arguments = getattr(cause, "args", ())
+    if arguments and arguments[0] in _PASSING_NUMBERS:
+        return True
+    return any(passing in words for passing in _PASSING_WORDS)
 
 
 def _scrub(text: str, url: URL) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rank_search.ranks import RankMap
+from rank_search.study.bounded import is_feasible
+from rank_search.study.gaps import draw_size, find_gaps
 from rank_search.study.moves import Moves
 from rank_search.study.space import SearchSpace
 
@@ -121,38 +122,13 @@ class MutationSampler(BaseSampler):
         return found
 
     def _proposal(self, parents: list[Parent], taken: set[str], allowed: FloatDistribution) -> RankMap:
-        gaps = self._gaps(parents, allowed)
+        front = [(self._kept_by(parent.params), parent.loss) for parent in parents if parent.rank == 0]
+        gaps = find_gaps(front, allowed.low, allowed.high)
         for _ in range(_TRIES):
-            child = self._child(parents, self._size(gaps))
+            child = self._child(parents, draw_size(gaps, self._random))
             if rank_map_text(child) not in taken:
                 break
         return child
-
-    def _gaps(self, parents: Sequence[Parent], allowed: FloatDistribution) -> list[tuple[float, float, float]]:
-        """Start and end in kept fraction, and area, of every gap of the front within the allowed sizes."""
-        front = [(self._kept_by(parent.params), parent.loss) for parent in parents if parent.rank == 0]
-        if len(front) < 2:
-            return [(allowed.low, allowed.high, 1.0)]
-        inner = [(start, end, (end - start) * (a - b)) for (start, a), (end, b) in pairwise(front)]
-        # Beyond the ends the loss goes on as steeply as it came.
-        (first, a), (second, b) = front[:2]
-        (before, c), (last, d) = front[-2:]
-        ends = [
-            (allowed.low, first, (a - b) / (second - first) * (first - allowed.low) ** 2),
-            (last, allowed.high, (c - d) / (last - before) * (allowed.high - last) ** 2),
-        ]
-        found = []
-        for start, end, area in [*inner, *ends]:
-            low, high = max(start, allowed.low), min(end, allowed.high)
-            if low < high:
-                found.append((low, high, area * ((high - low) / (end - start)) ** 2))
-        return found or [(allowed.low, allowed.high, 1.0)]
-
-    def _size(self, gaps: Sequence[tuple[float, float, float]]) -> float:
-        """A kept fraction about the middle of a gap."""
-        areas = np.array([area for _, _, area in gaps])
-        low, high, _ = gaps[int(self._random.choice(len(gaps), p=areas / areas.sum()))]
-        return low + (high - low) * float(self._random.uniform(0.3, 0.7))
 
     def _child(self, parents: Sequence[Parent], kept: float) -> RankMap:
         random, moves = self._random, self._moves
@@ -187,17 +163,13 @@ def told_rank_map(trial: FrozenTrial) -> str | None:
     return None if told is None else str(told)
 
 
-def _is_feasible(trial: FrozenTrial) -> bool:
-    return all(missed_by <= 0 for missed_by in trial.constraints.values())
-
-
 def good_parents(trials: Iterable[FrozenTrial]) -> list[Parent]:
     """The measured trials of the first fronts, each front by ascending parameters."""
     left = sorted(
         (
             Parent(trial.values[1], trial.values[0], told)
             for trial in trials
-            if trial.state is TrialState.COMPLETE and _is_feasible(trial) and (told := told_rank_map(trial)) is not None
+            if trial.state is TrialState.COMPLETE and is_feasible(trial) and (told := told_rank_map(trial)) is not None
         ),
         key=lambda parent: (parent.params, parent.loss),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage, get_storage
+from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL
 from rank_search.errors import StorageError, StudyFileError, StudyMismatchError
 from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
+from rank_search.study.bounded import BoundedStorage
 from rank_search.study.engine import (
     READ_ONLY,
     WRITING,
@@ -28,6 +29,7 @@ from rank_search.study.engine import (
     storage_error,
     translated,
 )
+from rank_search.study.evidence import Evidence
 from rank_search.study.liveness import WorkerId
 from rank_search.study.mutation import RANK_MAP, rank_map_text, told_rank_map
 from rank_search.study.records import PREDICTED_RISE as PREDICTED_RISE
@@ -52,6 +54,7 @@ class Claim:
         rank_map: of one whose parameters only stand near it.
         retry_of: the trial that it is the second attempt of.
         promotes: the pruned trial that it continues.
+        deaths: of the workers that had its rank map before.
     """
 
     number: int
@@ -60,6 +63,7 @@ class Claim:
     rank_map: RankMap | None = None
     retry_of: int | None = None
     promotes: int | None = None
+    deaths: int = 0
 
 
 def create_optuna_tables(url: URL) -> None:
@@ -74,20 +78,22 @@ class OptunaStudy:
     Trials carry no intermediate values: a pruned one with some would break Optuna's TPE sampler for every worker.
     """
 
-    def __init__(self, url: URL, search: SearchSpec, name: str, space: SearchSpace, seeds: tuple[Seed, ...]) -> None:
+    def __init__(
+        self, url: URL, search: SearchSpec, name: str, space: SearchSpace, seeds: tuple[Seed, ...], evidence: Evidence
+    ) -> None:
         self._url = url
         self._space = space
         self._seeds = seeds
         self._worker = str(WorkerId.current())
         self._proposed: tuple[int, RankMap] | None = None
         self._rdb = open_storage(url, skip_table_creation=True)
-        self._storage = get_storage(self._rdb)
+        self._storage = BoundedStorage(self._rdb)
         with self._translated(), quiet():
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
                 directions=list(DIRECTIONS),
-                sampler=SeededSampler(search, len(seeds), space, self._sign, self._keep),
+                sampler=SeededSampler(search, len(seeds), space, self._sign, self._keep, evidence.read),
                 load_if_exists=True,
             )
             self._id = self._storage.get_study_id_from_name(name)
@@ -171,7 +177,7 @@ class OptunaStudy:
             attrs = trial.user_attrs
             return Claim(
                 trial.number, dict(trial.params), attrs.get("source"), rank_map, attrs.get("retry_of"),
-                attrs.get("promotes"),
+                attrs.get("promotes"), attrs.get("deaths", 0),
             )  # fmt: skip
 
     def complete(
@@ -203,9 +209,13 @@ class OptunaStudy:
             self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=hidden, user_attrs=shown))
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """All trials, or those in the given states. The caller must not change them."""
+        """All trials, or those in the given states, by ascending number; all of a long study take seconds to read."""
         with self._translated():
-            return self._study.get_trials(deepcopy=False, states=states or None)
+            return self._rdb.get_all_trials(self._id, deepcopy=False, states=states or None)
+
+    def is_retried(self, number: int) -> bool:
+        """Whether a trial was proposed again already, by a process that died before it could end the first attempt."""
+        return any(trial.user_attrs.get("retry_of") == number for trial in self.trials())
 
     def trial(self, number: int) -> FrozenTrial:
         """One trial."""

@@ -90,6 +90,23 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerBeat:
+    """A worker of a study.
+
+    Attributes:
+        worker: its identity.
+        trial: number of the trial that it measures, None between two.
+        age: seconds since its last sign of life, by the database's clock.
+        is_silent: its lease has run out; what it holds is proposed again.
+    """
+
+    worker: str
+    trial: int | None
+    age: float
+    is_silent: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StudyStatus:
     """How far a study is.
 
@@ -105,6 +122,7 @@ class StudyStatus:
         last_activity: when a trial last started or ended.
         unit: what losses are a mean over.
         stop_reason: why the last run stopped; None while one is at work or after an interrupt.
+        workers: those that are at work, or have not given back what they hold.
     """
 
     name: str
@@ -124,6 +142,7 @@ class StudyStatus:
     skipped: int = 0
     pruned_seconds: float = 0.0
     stop_reason: str | None = None
+    workers: tuple[WorkerBeat, ...] = ()
 
     @property
     def finished(self) -> int:

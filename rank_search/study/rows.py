@@ -20,7 +20,8 @@ from rank_search.study.engine import READ_ONLY
 STUDIES = {"rank_search_studies": "name", "studies": "study_name"}
 """The tables that hold a row for each study, the project's and Optuna's, with the column of its name."""
 
-_OF_A_MOMENT = {"trial_heartbeats"}
+_OF_A_MOMENT = {"trial_heartbeats", "rank_search_leases", "rank_search_jobs"}
+"""What only means something to workers of the database it is in."""
 _OF_TRIALS = re.compile(r"dashboard:(artifacts:)?\d+:")
 """Keys of what a dashboard shows of single trials, by their ids in one database; workers write it anew."""
 _GENERATION_OF_IDS = re.compile(r":parent:\d+$")

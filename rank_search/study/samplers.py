@@ -17,9 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from rank_search.errors import StudyFileError
 from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
+from rank_search.study.evidence import Tried
+from rank_search.study.fitted import FittedSampler, Rises
 from rank_search.study.moves import Moves
 from rank_search.study.mutation import MutationSampler
-from rank_search.study.space import SearchSpace
+from rank_search.study.space import MultiplierSpace, SearchSpace
 
 POPULATION = 16
 """Population of the genetic samplers: Optuna's 50 would leave a study of 40 trials all random."""
@@ -30,13 +32,18 @@ def check_sampler(search: SearchSpec) -> None:
 
     Raises:
         StudyFileError: a Gaussian process without its library, or over one whole number a layer, where its
-            coordinate search takes minutes to hours a trial; mutation over anything but rank maps; a number of depth
-            buckets for a space that has none.
+            coordinate search takes minutes to hours a trial; mutation over anything but rank maps; multipliers fitted
+            where there are none; a number of depth buckets for a space that has none.
     """
     if search.sampler == "mutation" and search.space != "direct":
         raise StudyFileError(
             f"search.sampler = 'mutation' changes whole rank maps, not the numbers of search.space = {search.space!r}; "
-            "take space = 'direct', or sampler = 'tpe'"
+            "take space = 'direct', or sampler = 'fitted'"
+        )
+    if search.sampler == "fitted" and search.space == "direct":
+        raise StudyFileError(
+            "search.sampler = 'fitted' fits multipliers, of which search.space = 'direct' has none; "
+            "take space = 'multipliers', or sampler = 'mutation'"
         )
     if search.depth_buckets is not None and search.space != "groups":
         raise StudyFileError(
@@ -76,6 +83,7 @@ class SeededSampler(BaseSampler):
         space: what is sampled.
         on_start: told the trial as soon as it is claimed, before anything is sampled.
         keep: told the trial and its rank map, where the sampler proposes rank maps rather than parameters.
+        tried: what the project's own tables have of trials.
     """
 
     def __init__(
@@ -85,12 +93,15 @@ class SeededSampler(BaseSampler):
         space: SearchSpace,
         on_start: Callable[[FrozenTrial], None],
         keep: Callable[[FrozenTrial, RankMap], None],
+        tried: Callable[[], Sequence[Tried]],
     ) -> None:
         check_sampler(search)
         self._search = search
         self._space = space
         self._moves = Moves(space.allocator)
         self._keep = keep
+        self._tried = tried
+        self._rises = Rises(space) if isinstance(space, MultiplierSpace) else None
         self._seeds = seeds
         self._on_start = on_start
         self._inner = self._make(0)
@@ -115,8 +126,8 @@ class SeededSampler(BaseSampler):
             return {}
         space = self._space.distributions
         interest = self._interest(trial)
-        if isinstance(self._inner, MutationSampler) and interest is not None:
-            # It makes rank maps, not parameters, so it has to be told before.
+        if isinstance(self._inner, MutationSampler | FittedSampler) and interest is not None:
+            # They look for the gaps of the front there, so they have to be told before.
             space = {**space, "kept": FloatDistribution(*interest)}
         return {name: space[name] for name in sorted(space) if not space[name].single()}
 
@@ -161,6 +172,10 @@ class SeededSampler(BaseSampler):
         # The seeds alone all lie at u = 0; a few random trials show the other samplers the rest of the space.
         startup = max(10, self._seeds + 4)
         match self._search.sampler:
+            case "fitted":
+                assert isinstance(self._space, MultiplierSpace)  # check_sampler
+                assert self._rises is not None
+                return FittedSampler(self._space, self._rises, seed, self._tried)
             case "tpe":
                 # Optuna's own choice for two objectives, one parameter at a time, is many times slower.
                 return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)

@@ -158,6 +158,16 @@ class MultiplierSpace:
         self._kept = _kept_range(search, allocator.space)
         self._terms = _terms(search, allocator.space.shapes)
 
+    @property
+    def reach(self) -> float:
+        """Multipliers are within ± this."""
+        return self._search.multiplier_range
+
+    @property
+    def terms(self) -> Mapping[str, Floats]:
+        """Name of every multiplier → what it adds to the u of each layer (layers,) at 1."""
+        return self._terms
+
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """``kept``, ``uniformity`` and the multipliers."""

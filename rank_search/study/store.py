@@ -9,23 +9,32 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, case, delete, func, select
+from sqlalchemy import ColumnElement, Engine, Select, and_, case, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from rank_search.climbing import Step
-from rank_search.errors import StorageError
-from rank_search.front import Front, FrontPoint, Outcome, non_dominated
-from rank_search.measurement import Fidelity, Measurement
+from rank_search.errors import LeaseLostError, StorageError
+from rank_search.front import Front, FrontPoint
+from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
 from rank_search.spec import LOSS_UNITS, StudySpec
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
 from rank_search.study.facts import StudyFacts
-from rank_search.study.records import FINISHED, MEASURED, Effort, State, StudyRecord, StudyStatus, TrialRecord
+from rank_search.study.front_rows import stored_front, update_front
+from rank_search.study.leases import LEASE_SECONDS, add_lease, beats_of, drop_lease
+from rank_search.study.records import (
+    FINISHED,
+    MEASURED,
+    Effort,
+    State,
+    StudyRecord,
+    StudyStatus,
+    TrialRecord,
+)
 from rank_search.study.schema import check_schema, has_schema
 from rank_search.study.stored import (
     block_losses_of,
-    front_row,
     measurement_of,
     rank_map_json,
     rank_map_of,
@@ -106,7 +115,7 @@ class StudyStore:
         """The stored front."""
         with self._read() as session:
             study = self._study_row(session, name)
-            return Front(tuple(_stored_front(session, study)))
+            return Front(tuple(stored_front(session, study)))
 
     def recompute_front(self, name: str) -> Front:
         """The front of all complete trials, for checking the stored one; nothing is written."""
@@ -237,6 +246,7 @@ class StudyStore:
                 last_activity=max((at for at in (started, finished) if at is not None), default=None),
                 unit=LOSS_UNITS[spec.model.task],
                 stop_reason=study.stop_reason,
+                workers=beats_of(session, study.id),
             )
 
     # Writing
@@ -278,13 +288,19 @@ class StudyStore:
         rank_map: RankMap,
         worker: str,
         *,
+        lease_seconds: float = LEASE_SECONDS,
+        attempt: int = 1,
         continues: int | None = None,
         promotes: int | None = None,
         refused: str | None = None,
     ) -> TrialRecord:
         """Store a proposed rank map and who measures it; or, where another trial has it, that it is skipped.
 
+        The trial begins with a lease.
+
         Args:
+            lease_seconds: how long its worker may be silent before it is taken from it.
+            attempt: 1, and one more for every worker that died over its rank map.
             continues: number of the requeued trial whose measurements, if it has any, become this one's.
             promotes: number of the pruned trial that this one continues.
             refused: why it is not to be measured.
@@ -316,13 +332,21 @@ class StudyStore:
                     session.delete(old)
                     session.add(new)
             session.add(row)
+            if refused is None:
+                add_lease(session, study.id, number, worker, lease_seconds, attempt)
             return trial_record(row)
 
     def add_measurement(self, name: str, number: int, rung: int, measurement: Measurement) -> None:
-        """Store what a trial has on a rung below the top; it goes on."""
+        """Store what a trial has on a rung below the top; it goes on. Storing it twice keeps the first.
+
+        Raises:
+            LeaseLostError: the trial was taken from its worker; so, too, by the other ends of a trial.
+        """
         with self._write() as session:
             study = self._study_row(session, name, lock=True)
-            if self._trial_row(session, study, number).state == State.RUNNING:
+            row = self._trial_row(session, study, number)
+            _refuse_lost(study, row)
+            if row.state == State.RUNNING:
                 _add_measurement(session, study, number, rung, measurement)
 
     def prune_trial(self, name: str, number: int, rung: int, measurement: Measurement) -> None:
@@ -330,10 +354,12 @@ class StudyStore:
         with self._write() as session:
             study = self._study_row(session, name, lock=True)
             row = self._trial_row(session, study, number)
+            _refuse_lost(study, row)
             if row.state == State.RUNNING:
                 _add_measurement(session, study, number, rung, measurement)
                 set_measurement(row, measurement)
                 row.state, row.finished = State.PRUNED, datetime.now(UTC)
+                drop_lease(session, study.id, number)
 
     def complete_trial(
         self, name: str, number: int, measurement: Measurement, *, rung: int = 0, infeasible: str | None = None
@@ -341,7 +367,7 @@ class StudyStore:
         """Store a measurement and bring the front up to date, both or neither.
 
         A trial that has a measurement already keeps it, so that telling twice changes nothing. A failed trial
-        stays failed.
+        stays failed, and one that was taken from its worker stays with the next one.
 
         Args:
             infeasible: which goal of the study it misses; it is then kept off the front.
@@ -350,7 +376,8 @@ class StudyStore:
             The stored measurement.
 
         Raises:
-            StorageError: no such trial, or it has failed.
+            StorageError: no such trial, or it was skipped.
+            LeaseLostError: it has failed, or was taken from its worker.
         """
         with self._write() as session:
             # The lock on the study's row makes writers update its front one after the other.
@@ -358,15 +385,16 @@ class StudyStore:
             row = self._trial_row(session, study, number)
             if row.state in MEASURED:
                 return measurement_of(row)
-            if row.state in {State.FAILED, State.SKIPPED}:
-                ended = "has failed" if row.state == State.FAILED else "was skipped"
-                raise StorageError(f"trial {number} of study {name!r} {ended} and cannot be completed; ask again")
+            if row.state == State.SKIPPED:
+                raise StorageError(f"trial {number} of study {name!r} was skipped and cannot be completed; ask again")
+            _refuse_lost(study, row)
             _add_measurement(session, study, number, rung, measurement)
             set_measurement(row, measurement)
             row.finished, row.reason = datetime.now(UTC), infeasible
             row.state = State.COMPLETE if infeasible is None else State.INFEASIBLE
+            drop_lease(session, study.id, number)
             if infeasible is None:
-                _update_front(session, study, FrontPoint(number, rank_map_of(row.rank_map), measurement, row.source))
+                update_front(session, study, FrontPoint(number, rank_map_of(row.rank_map), measurement, row.source))
             return measurement
 
     def fail_trial(self, name: str, number: int, reason: str) -> None:
@@ -383,6 +411,7 @@ class StudyStore:
             row = self._trial_row(session, study, number)
             if row.state == State.RUNNING:
                 row.state, row.reason, row.finished = state, reason, datetime.now(UTC)
+                drop_lease(session, study.id, number)
 
     # Sessions and rows
 
@@ -441,9 +470,19 @@ def _equal(session: Session, row: TrialRow, but: list[int]) -> int | None:
 
 
 def _add_measurement(session: Session, study: StudyRow, number: int, rung: int, measurement: Measurement) -> None:
-    row = MeasurementRow(study_id=study.id, trial=number, rung=rung)
-    set_measurement(row, measurement)
-    session.add(row)
+    if session.scalar(_rungs_query(study, number).where(MeasurementRow.rung == rung)) is None:
+        row = MeasurementRow(study_id=study.id, trial=number, rung=rung)
+        set_measurement(row, measurement)
+        session.add(row)
+
+
+def _refuse_lost(study: StudyRow, row: TrialRow) -> None:
+    """Refuse a result of a trial that its worker does not have any more."""
+    if row.state in {State.REQUEUED, State.FAILED}:
+        ended = "has failed" if row.state == State.FAILED else "was given back"
+        raise LeaseLostError(
+            f"trial {row.number} of study {study.name!r} {ended} and cannot be completed; ask again ({row.reason})"
+        )
 
 
 def _trial_query(study: StudyRow, number: int) -> Select[TrialRow]:
@@ -453,38 +492,3 @@ def _trial_query(study: StudyRow, number: int) -> Select[TrialRow]:
 def _counts(session: Session, study: StudyRow) -> dict[State, int]:
     query = select(TrialRow.state, func.count()).where(TrialRow.study_id == study.id).group_by(TrialRow.state)
     return {State(state): count for state, count in session.execute(query)}
-
-
-def _update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
-    """Put a new point on the front if it belongs there, and take off what it dominates.
-
-    A point that is off the front stays off, so the old front and the new point determine the new front.
-    """
-    of_study = FrontRow.study == study.name
-    columns = FrontRow.trial, FrontRow.fidelity, FrontRow.num_params, FrontRow.loss
-    # Without the rank maps, which are most of what a front holds.
-    stored = [
-        Outcome(trial, Fidelity.from_label(fidelity), num_params, loss)
-        for trial, fidelity, num_params, loss in session.execute(select(*columns).where(of_study))
-    ]
-    added = Outcome(point.trial, point.fidelity, point.num_params, point.loss)
-    kept = {outcome.trial for outcome in non_dominated([*stored, added])}
-    dominated = [outcome.trial for outcome in stored if outcome.trial not in kept]
-    if dominated:
-        session.execute(delete(FrontRow).where(of_study, FrontRow.trial.in_(dominated)))
-    if point.trial in kept:
-        session.add(front_row(study.name, point))
-
-
-def _stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
-    """The stored points, by ascending parameter count."""
-    query = (
-        select(TrialRow)
-        .join(FrontRow, FrontRow.trial == TrialRow.number)
-        .where(TrialRow.study_id == study.id, FrontRow.study == study.name)
-        .order_by(FrontRow.num_params)
-    )
-    return [
-        FrontPoint(row.number, rank_map_of(row.rank_map), measurement_of(row), row.source)
-        for row in session.scalars(query)
-    ]

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from typing import Any, Self
-
-from optuna.trial import FrozenTrial, TrialState
+from pathlib import Path
+from typing import Self
 
 from rank_search.allocation import Allocator
 from rank_search.climbing import Climbs, Step, paired_error
-from rank_search.errors import ExhaustedError, StudyMismatchError, TrialError
+from rank_search.errors import (
+    ExhaustedError,
+    LeaseLostError,
+    StorageError,
+    StudyMismatchError,
+    UnavailableError,
+)
 from rank_search.front import Front
 from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
 from rank_search.spec import StudySpec
 from rank_search.stop_rules import StopRules
 from rank_search.study.engine import make_engine, parse_url
+from rank_search.study.evidence import Evidence
 from rank_search.study.facts import StudyFacts
+from rank_search.study.heartbeat import Heartbeat
+from rank_search.study.leases import Leases
 from rank_search.study.liveness import WorkerId
-from rank_search.study.mutation import rank_map_text, told_rank_map
-from rank_search.study.optuna_study import PREDICTED_RISE, Claim, OptunaStudy
-from rank_search.study.records import MEASURED, Effort, State, TrialRecord
+from rank_search.study.mutation import rank_map_text
+from rank_search.study.optuna_study import Claim, OptunaStudy
+from rank_search.study.patience import Patience
+from rank_search.study.records import Effort, State, TrialRecord
+from rank_search.study.recovery import Recovery
+from rank_search.study.requests import Action, asked_for, mark_taken, queued_rank_maps
 from rank_search.study.samplers import check_sampler
 from rank_search.study.schema import ensure_schema, exclusive
 from rank_search.study.space import GivenSeeds, SearchSpace, Seed, ladder, make_space, random_params
+from rank_search.study.spool import Spool, Spooled
 from rank_search.study.store import StudyStore, find_study
+from rank_search.study.telling import Telling, objectives
 from rank_search.study.warm_start import Carried
-
-MAX_REQUEUES = 3
-"""How often a trial whose worker died is proposed again; then it fails, for it may be what kills them."""
 
 MAX_SKIPS = 48
 """Proposals in a row that another trial has already, or that are too large, before the study counts as exhausted."""
@@ -80,6 +89,8 @@ class Study:
         space: SearchSpace,
         store: StudyStore,
         optuna_study: OptunaStudy,
+        patience: Patience,
+        spool: Spool | None,
     ) -> None:
         self.name = spec.name
         self._spec = spec
@@ -88,17 +99,31 @@ class Study:
         self._store = store
         self._optuna = optuna_study
         self._worker = str(WorkerId.current())
+        self._patience = patience
+        self._spool = spool
+        self._leases = Leases(store.engine, self._worker, spec.run.lease_seconds)
+        self._heartbeat = Heartbeat(
+            store.engine.url, self._worker, spec.run.lease_seconds, lambda leases: leases.renew(spec.name)
+        )
+        self._telling = Telling(spec.name, spec.search, allocator, store, optuna_study)
+        self._recovery = Recovery(
+            spec.name, store, optuna_study, self._leases, self._heartbeat, patience, spec.search.sampler,
+            self._telling.end,
+        )  # fmt: skip
         self._climbs = Climbs()
         self._last_step = 0
 
     @classmethod
     def open(
-        cls, spec: StudySpec, storage_url: str, allocator: Allocator, facts: StudyFacts, given: GivenSeeds | None = None
-    ) -> Self:
+        cls, spec: StudySpec, storage_url: str, allocator: Allocator, facts: StudyFacts,
+        given: GivenSeeds | None = None, *, spool: Path | None = None, patience: Patience | None = None,
+    ) -> Self:  # fmt: skip
         """Create a study or go on with it.
 
         Args:
             given: the rank maps of seeds that are not the allocator's own, where :func:`given_seeds` asks for them.
+            spool: folder for results that the database does not take; None keeps none.
+            patience: with a database that is away once the study is open; None has none.
 
         Raises:
             BudgetError: the ladder or the range of kept fractions cannot be met; nothing was made.
@@ -117,11 +142,17 @@ class Study:
             store = opened.enter_context(closing(StudyStore(storage_url)))
             with exclusive(store.engine):
                 _create_or_check(store, spec, facts)
-                optuna_study = OptunaStudy(store.engine.url, spec.search, spec.name, space, seeds)
+                optuna_study = OptunaStudy(
+                    store.engine.url, spec.search, spec.name, space, seeds, Evidence(store.engine, spec.name)
+                )
                 opened.enter_context(closing(optuna_study))
                 optuna_study.prepare(spec.digest, given or {})
-            study = cls(spec, allocator, space, store, optuna_study)
+            kept = None if spool is None else Spool(spool, spec.name)
+            study = cls(spec, allocator, space, store, optuna_study, patience or Patience(), kept)
+            study._leases.join(spec.name)
+            study._replay()
             study.reconcile()
+            study._heartbeat.start()
             opened.pop_all()  # all went well: they stay open
         return study
 
@@ -138,6 +169,10 @@ class Study:
         Raises:
             ExhaustedError: :data:`MAX_SKIPS` proposals in a row were skipped.
         """
+        return self._patience.keep_trying(lambda: self._ask(left))
+
+    def _ask(self, left: int | None) -> Proposal:
+        self._recovery.sweep()
         if left is not None:
             self._promote(left)
         last = -1
@@ -147,93 +182,146 @@ class Study:
             claim = self._optuna.ask()
             last = claim.number
             rank_map = self._space.decode(claim.params) if claim.rank_map is None else claim.rank_map
-            record = self._begin(claim, rank_map, may_refuse=skips < SAMPLED_SKIPS)
-            if record.state is State.RUNNING:
-                return self._proposal(claim, record)
-            self._end_in_optuna(record)
+            try:
+                record = self._begin(claim, rank_map, may_refuse=skips < SAMPLED_SKIPS)
+                if record.state is State.RUNNING:
+                    return self._proposal(claim, record)
+                self._telling.end(record)
+            except UnavailableError:
+                self._recovery.cut_off(claim.number)
+                raise
         raise ExhaustedError(
             f"study {self.name!r} has had every rank map of {MAX_SKIPS} proposals in a row already; widen its [search]"
         )
 
     def report(self, proposal: Proposal, rung: int, measurement: Measurement) -> bool:
-        """Store what a trial has on a rung below the top, and tell whether it goes on; if not, it ends as pruned."""
-        if not proposal.prunable:
-            self._store.add_measurement(self.name, proposal.number, rung, measurement)
+        """Store what a trial has on a rung below the top, and tell whether it goes on; if not, it ends as pruned.
+
+        Raises:
+            LeaseLostError: the trial was taken from this worker.
+        """
+        keep_trying, this = self._patience.keep_trying, (self.name, proposal.number, rung, measurement)
+        if not proposal.prunable or keep_trying(lambda: self._goes_on(proposal, rung, measurement)):
+            keep_trying(lambda: self._store.add_measurement(*this))
             return True
+        keep_trying(lambda: self._store.prune_trial(*this))
+        keep_trying(lambda: self._telling.prune(proposal.number, proposal.rank_map, proposal.source, measurement))
+        return False
+
+    def _goes_on(self, proposal: Proposal, rung: int, measurement: Measurement) -> bool:
         self._catch_up()
         step = Step(proposal.number, rung, measurement.loss, measurement.kept_of_targets, measurement.num_params)
         rival = self._climbs.rival(step.num_params)
         theirs = () if rival is None else self._store.block_losses(self.name, rival.trial, rung)
         error = paired_error(measurement.block_losses, theirs)
-        if self._climbs.goes_on(step, error=error, max_loss=self._spec.search.max_loss):
-            self._store.add_measurement(self.name, proposal.number, rung, measurement)
-            return True
-        self._store.prune_trial(self.name, proposal.number, rung, measurement)
-        self._prune_in_optuna(proposal.number, proposal.rank_map, proposal.source, measurement)
-        return False
+        return self._climbs.goes_on(step, error=error, max_loss=self._spec.search.max_loss)
 
     def tell(self, proposal: Proposal, measurement: Measurement, rung: int = 0) -> State:
         """Store what came of a proposal on the top rung; telling twice keeps the first measurement.
+
+        What the database does not take is spooled first, and told again until it does. Whoever opens the study later
+        tells it, too.
 
         Returns:
             Whether the trial is complete, or infeasible because it misses a goal of the study.
 
         Raises:
             TrialError: an objective that is not a finite number; nothing was stored.
+            LeaseLostError: the trial was taken from this worker; nothing was stored.
         """
-        _objectives(measurement)
-        missed = self._missed(measurement)
-        stored = self._store.complete_trial(self.name, proposal.number, measurement, rung=rung, infeasible=missed)
-        self._complete_in_optuna(proposal.number, proposal.rank_map, proposal.source, stored)
+        objectives(measurement)
+        missed = self._telling.missed(measurement)
+        spooled: list[Path] = []
+
+        def complete() -> Measurement:
+            try:
+                return self._store.complete_trial(
+                    self.name, proposal.number, measurement, rung=rung, infeasible=missed
+                )  # fmt: skip
+            except LeaseLostError:
+                raise
+            except StorageError:
+                if not spooled:
+                    spooled.extend(self._keep(proposal, rung, measurement))
+                raise
+
+        try:
+            stored = self._patience.keep_trying(complete)
+        except LeaseLostError:
+            _remove(spooled)
+            raise
+        _remove(spooled)
+        self._patience.keep_trying(
+            lambda: self._telling.complete(proposal.number, proposal.rank_map, proposal.source, stored)
+        )
         return State.COMPLETE if missed is None else State.INFEASIBLE
 
     def fail(self, proposal: Proposal, reason: str) -> None:
         """Store why a proposal could not be measured."""
-        self._store.fail_trial(self.name, proposal.number, reason)
-        self._optuna.fail(proposal.number, reason)
+        self._patience.keep_trying(lambda: self._store.fail_trial(self.name, proposal.number, reason))
+        self._patience.keep_trying(lambda: self._optuna.fail(proposal.number, reason))
 
-    def requeue(self, proposal: Proposal) -> None:
-        """Give a proposal back unmeasured, to be proposed again under another number; it does not count as tried."""
-        trial = self._optuna.trial(proposal.number)
-        if not trial.state.is_finished():
-            self._propose_again(trial, deaths=trial.user_attrs.get("deaths", 0), reason="interrupted")
+    def requeue(self, proposal: Proposal, death: str | None = None) -> None:
+        """Give a proposal back unmeasured, to be proposed again under another number; it does not count as tried.
+
+        Where the database is away, the trial's lease is left to run out.
+
+        Args:
+            death: what this worker dies of; then the proposal counts as one that a worker died over.
+        """
+        try:
+            trial = self._optuna.trial(proposal.number)
+            if trial.state.is_finished():
+                return
+            if death is not None:
+                self._recovery.bury(trial, death, self._store.trial(self.name, proposal.number))
+                return
+            self._recovery.propose_again(trial, trial.user_attrs.get("deaths", 0), "interrupted")
             self._store.requeue_trial(self.name, proposal.number, "interrupted")
             self._optuna.fail(proposal.number, "interrupted; proposed again")
+        except UnavailableError as error:
+            self._patience.say(
+                f"trial {proposal.number} could not be given back, it is proposed again when its lease has run out: "
+                f"{error}"
+            )
 
     def finished(self) -> int:
         """Trials that count towards the number wanted."""
-        return self._store.finished(self.name)
+        return self._patience.keep_trying(lambda: self._store.finished(self.name))
 
     def effort(self) -> Effort:
         """What the study has cost so far."""
-        return self._store.effort(self.name)
+        return self._patience.keep_trying(lambda: self._store.effort(self.name))
 
     def stop_reason(self, rules: StopRules, wall: float, spent: float) -> str | None:
         """The first of the rules that is met, in words; ``wall`` and ``spent`` as in :meth:`StopRules.of_times`."""
+        return self._patience.keep_trying(lambda: self._stop_reason(rules, wall, spent))
+
+    def _stop_reason(self, rules: StopRules, wall: float, spent: float) -> str | None:
         found = rules.of_times(wall, spent)
         if found is None and rules.needs_front:
-            found = rules.of_front(self.front())
+            found = rules.of_front(self._store.front(self.name))
         if found is None and rules.needs_outcomes:
             found = rules.of_outcomes(self._store.outcomes(self.name), self._allocator.space.model_params)
         return found
 
     def set_stop_reason(self, reason: str | None) -> None:
         """Store why the search has stopped; None while it is at work."""
-        self._store.set_stop_reason(self.name, reason)
+        self._patience.keep_trying(lambda: self._store.set_stop_reason(self.name, reason))
 
     def front(self) -> Front:
         """The stored front."""
-        return self._store.front(self.name)
+        return self._patience.keep_trying(lambda: self._store.front(self.name))
 
     @property
     def dense_loss(self) -> float | None:
         """Validation loss of the dense model, nats per token, once it is known."""
-        return self._store.study(self.name).dense_loss
+        return self._patience.keep_trying(lambda: self._store.study(self.name)).dense_loss
 
     def set_dense_loss(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """Store the validation loss of the dense model, nats per token, and its metrics."""
-        self._store.set_dense_loss(self.name, loss, metrics)
-        self._optuna.set_dense_loss(loss)
+        self._patience.keep_trying(lambda: self._store.set_dense_loss(self.name, loss, metrics))
+        self._patience.keep_trying(lambda: self._optuna.set_dense_loss(loss))
 
     def warm_start(self, carried: Iterable[Carried]) -> int:
         """Have rank maps of another study measured before anything new is sampled, but for those it had already.
@@ -251,52 +339,61 @@ class Study:
                 self._optuna.enqueue(params, attrs)
         return len(new)
 
+    def take_requests(self) -> Action:
+        """Put the rank maps that people queued among the trials that wait, and return what workers are to do."""
+        return self._patience.keep_trying(self._take_requests)
+
+    def _take_requests(self) -> Action:
+        engine, space = self._store.engine, self._allocator.space
+        queued = queued_rank_maps(engine, self.name)
+        if queued:
+            self.warm_start(Carried(one.source, space.kept_of_targets(one.rank_map), one.rank_map) for one in queued)
+            mark_taken(engine, queued)
+        return asked_for(engine, self.name)
+
     def close(self) -> None:
-        """Close all connections."""
+        """Give up the worker's own lease, and close all connections."""
+        self._heartbeat.stop()
+        with suppress(StorageError):  # it runs out by itself
+            self._leases.leave(self.name)
         self._optuna.close()
         self._store.close()
 
     def reconcile(self) -> None:
-        """Make Optuna and the project's tables agree, and propose again what dead workers left; done at opening.
+        """As :meth:`Recovery.reconcile`; done at opening, and between trials where somebody is gone."""
+        self._recovery.reconcile()
 
-        Optuna is told every stored end of a trial that it still takes for running. A running trial whose worker
-        was a process of this host and has ended is proposed again, :data:`MAX_REQUEUES` times at most. Running
-        trials of living workers and of other hosts are left alone.
-        """
-        with exclusive(self._store.engine):
-            retried = {trial.user_attrs.get("retry_of") for trial in self._optuna.trials()}
-            for trial in self._optuna.trials(TrialState.RUNNING):
-                row = self._store.trial(self.name, trial.number)
-                if row is not None and row.state is not State.RUNNING:
-                    self._end_in_optuna(row)
-                else:
-                    worker = trial.user_attrs.get("worker") if row is None else row.worker
-                    if worker is not None and WorkerId.parse(worker).is_dead():
-                        self._bury(trial, worker, stored=row is not None, retried=trial.number in retried)
+    # Spooling
 
-    def _bury(self, trial: FrozenTrial, worker: str, *, stored: bool, retried: bool) -> None:
-        """End a trial whose worker died. ``stored``: it has a row; ``retried``: it waits again already."""
-        deaths = trial.user_attrs.get("deaths", 0) + 1
-        reason = f"worker {worker} died"
-        again = deaths <= MAX_REQUEUES
-        if again and not retried:
-            self._propose_again(trial, deaths, reason)
-        if not again:
-            reason = f"its workers died {deaths} times, last {worker}; see their memory and logs"
-        if stored:
-            end = self._store.requeue_trial if again else self._store.fail_trial
-            end(self.name, trial.number, reason)
-        self._optuna.fail(trial.number, reason)
+    def _keep(self, proposal: Proposal, rung: int, measurement: Measurement) -> list[Path]:
+        """Spool a result; tell where, or say that it cannot be."""
+        if self._spool is None:
+            return []
+        result = Spooled(proposal.number, self._worker, proposal.rank_map.digest, rung, measurement)
+        try:
+            return [self._spool.keep(result)]
+        except OSError as error:
+            self._patience.say(
+                f"the result of trial {proposal.number} cannot be kept on disk either ({error.strerror or error}); "
+                "it is lost if this worker ends before the database is back"
+            )
+            return []
 
-    def _propose_again(self, trial: FrozenTrial, deaths: int, reason: str) -> None:
-        params = trial.system_attrs.get("fixed_params") or trial.params
-        if params:  # without any, nothing was sampled yet
-            source = trial.user_attrs.get("source", self._spec.search.sampler)
-            attrs = {"source": source, "deaths": deaths, "retry_of": trial.number, "retried_because": reason}
-            attrs |= {"promotes": trial.user_attrs["promotes"]} if "promotes" in trial.user_attrs else {}
-            if (told := told_rank_map(trial)) is not None:
-                attrs["rank_map"] = told
-            self._optuna.enqueue(params, attrs)
+    def _replay(self) -> None:
+        """Tell the database what it did not take before; what another database's trials gave is left alone."""
+        for path, result in self._spool.results() if self._spool is not None else ():
+            row = self._store.trial(self.name, result.number)
+            if row is None or row.worker != result.worker or row.rank_map.digest != result.rank_map_digest:
+                continue
+            measured = result.measurement
+            try:
+                self._store.complete_trial(
+                    self.name, result.number, measured, rung=result.rung, infeasible=self._telling.missed(measured)
+                )
+                self._patience.say(f"stored the result of trial {result.number}, which was kept on disk")
+            except LeaseLostError as error:
+                self._patience.say(f"dropped a result that was kept on disk: {error}")
+            _remove([path])
 
     # Proposing
 
@@ -306,7 +403,8 @@ class Study:
         refused = f"{size:,} parameters, above search.max_params ({most:,})" if too_large else None
         return self._store.begin_trial(
             self.name, claim.number, claim.source or self._spec.search.sampler, rank_map, self._worker,
-            continues=claim.retry_of, promotes=claim.promotes, refused=refused,
+            lease_seconds=self._leases.seconds, attempt=claim.deaths + 1, continues=claim.retry_of,
+            promotes=claim.promotes, refused=refused,
         )  # fmt: skip
 
     def _proposal(self, claim: Claim, record: TrialRecord) -> Proposal:
@@ -322,6 +420,9 @@ class Study:
     def unsettled(self) -> list[int]:
         """Numbers of the pruned trials that would be on the front by prediction, the most promising first; where there
         are none, the front is settled."""
+        return self._patience.keep_trying(self._unsettled)
+
+    def _unsettled(self) -> list[int]:
         pruned = self._store.unpromoted(self.name) if self._spec.search.fidelities is not None else []
         if not pruned:
             return []
@@ -330,7 +431,7 @@ class Study:
 
     def _promote(self, left: int) -> None:
         """Have the most promising pruned trial proposed again, if the study has to come to that now."""
-        promising = self.unsettled()
+        promising = self._unsettled()
         if promising and left <= len(promising):
             trial, record = self._optuna.trial(promising[0]), self._store.trial(self.name, promising[0])
             assert record is not None
@@ -346,74 +447,6 @@ class Study:
         steps, self._last_step = self._store.steps(self.name, self._last_step)
         self._climbs.add(steps)
 
-    # Telling Optuna
-
-    def _end_in_optuna(self, record: TrialRecord) -> None:
-        """Tell Optuna the end that a trial has in the project's tables; of a skipped one, that of its equal."""
-        equal = record if record.same_as is None else self._store.trial(self.name, record.same_as)
-        assert equal is not None  # same_as names a trial of this study, and trials are never deleted
-        measured = equal.measurement
-        same = {} if record.same_as is None else {"same_as": record.same_as}
-        if measured is not None and equal.state is State.PRUNED:
-            self._prune_in_optuna(record.number, record.rank_map, record.source, measured, same)
-        elif measured is not None and equal.state in MEASURED:
-            self._complete_in_optuna(record.number, record.rank_map, record.source, measured, same)
-        elif record.state is State.SKIPPED and record.same_as is None:
-            size = self._allocator.space.num_params(record.rank_map)
-            excess = {"parameters": float(size - (self._spec.search.max_params or size))}
-            self._optuna.prune(record.number, {"source": record.source, "reason": record.reason}, excess)
-        else:
-            self._optuna.fail(record.number, record.reason or record.state)
-
-    def _complete_in_optuna(
-        self, number: int, rank_map: RankMap, source: str, measured: Measurement, more: Mapping[str, Any] | None = None
-    ) -> None:
-        rise = {PREDICTED_RISE: self._allocator.predicted_rise(rank_map)}
-        attrs = _attributes(rank_map, source, measured) | rise | dict(more or {})
-        self._optuna.complete(number, _objectives(measured), attrs, self._excess(measured))
-
-    def _prune_in_optuna(
-        self, number: int, rank_map: RankMap, source: str, measured: Measurement, more: Mapping[str, Any] | None = None
-    ) -> None:
-        attrs = {f"{measured.fidelity.label} loss": measured.loss, "tokens": measured.tokens}
-        self._optuna.prune(number, _attributes(rank_map, source, measured) | attrs | dict(more or {}))
-
-    def _excess(self, measured: Measurement) -> dict[str, float]:
-        """By how much each of the study's goals is missed, at most 0 where it is met."""
-        goals, excess = self._spec.search, {}
-        if goals.max_params is not None:
-            excess["parameters"] = float(measured.num_params - goals.max_params)
-        if goals.max_loss is not None:
-            excess["loss"] = measured.loss - goals.max_loss
-        return excess
-
-    def _missed(self, measured: Measurement) -> str | None:
-        """The goals that are missed, in words."""
-        goals, excess = self._spec.search, self._excess(measured)
-        missed = []
-        if excess.get("parameters", 0.0) > 0:
-            missed.append(f"{measured.num_params:,} parameters, above search.max_params ({goals.max_params:,})")
-        if excess.get("loss", 0.0) > 0:
-            missed.append(f"loss {measured.loss:.4f}, above search.max_loss ({goals.max_loss:g})")
-        return "; ".join(missed) or None
-
-
-def _attributes(rank_map: RankMap, source: str, measured: Measurement) -> dict[str, Any]:
-    """What is shown of a measurement beside Optuna's own values."""
-    attrs: dict[str, Any] = {
-        "rank_map": rank_map_text(rank_map),
-        "kept_of_targets": round(measured.kept_of_targets, 4),
-        "source": source,
-        "fidelity": measured.fidelity.label,
-        "seconds": round(measured.seconds, 3),
-    }
-    if math.isfinite(measured.perplexity):
-        attrs["perplexity"] = float(f"{measured.perplexity:.6g}")
-    attrs |= {f"metric {name}": round(value, 6) for name, value in measured.metrics.items() if math.isfinite(value)}
-    if measured.fold_deviation is not None:
-        attrs["fold_deviation"] = round(measured.fold_deviation, 6)
-    return attrs
-
 
 def given_seeds(spec: StudySpec, storage_url: str, allocator: Allocator) -> tuple[Seed, ...]:
     """The seeds whose rank maps :meth:`Study.open` has to be given: none once the study has all its seeds.
@@ -428,12 +461,9 @@ def given_seeds(spec: StudySpec, storage_url: str, allocator: Allocator) -> tupl
     return () if OptunaStudy.is_seeded(parse_url(storage_url), spec.name) else seeds
 
 
-def _objectives(measurement: Measurement) -> tuple[float, float]:
-    """Validation loss and parameter count as floats, which is what Optuna minimises."""
-    values = float(measurement.loss), float(measurement.num_params)
-    if not all(math.isfinite(value) for value in values):
-        raise TrialError(f"objectives must be finite numbers, not {values}")
-    return values
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)  # another worker may have told it, too
 
 
 def _create_or_check(store: StudyStore, spec: StudySpec, facts: StudyFacts) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
-from sqlalchemy.dialects.mysql import LONGTEXT
+from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 LongText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
@@ -162,3 +162,113 @@ class BoardRow(Base):
     """Who had the last turn, or has it."""
     free: Mapped[datetime] = mapped_column(DateTime)
     """When the next one may be taken, by the database's clock."""
+
+
+class SubmissionRow(Base):
+    """A study that was handed to the service, from before its preparation on."""
+
+    __tablename__ = "rank_search_submissions"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    spec: Mapped[str] = mapped_column(LongText)
+    asked_by: Mapped[str] = mapped_column(String(100))
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    state: Mapped[str] = mapped_column(String(16))
+    """``open``, or how it ended."""
+    reason: Mapped[str | None] = mapped_column(LongText)
+    """Why its workers were given up."""
+    engine: Mapped[str | None] = mapped_column(String(16))
+    """The engine that has its workers and keeps them whatever becomes of the service."""
+
+
+class RequestRow(Base):
+    """What workers of a study are asked to do; by its name, for it may not be prepared yet."""
+
+    __tablename__ = "rank_search_requests"
+
+    study: Mapped[str] = mapped_column(String(100), primary_key=True)
+    action: Mapped[str] = mapped_column(String(16))
+    asked_by: Mapped[str] = mapped_column(String(100))
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class QueueRow(Base):
+    """A rank map that somebody wants measured."""
+
+    __tablename__ = "rank_search_queue"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    rank_map: Mapped[str] = mapped_column(LongText)
+    asked_by: Mapped[str] = mapped_column(String(100))
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    taken: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When a worker has put it among the trials that wait."""
+
+
+class JobRow(Base):
+    """Work on a point of a front: to write its checkpoint, or to confirm its loss."""
+
+    __tablename__ = "rank_search_jobs"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    trial: Mapped[int] = mapped_column(Integer)
+    kind: Mapped[str] = mapped_column(String(16))
+    options: Mapped[str] = mapped_column(LongText)
+    """JSON."""
+    state: Mapped[str] = mapped_column(String(16))
+    attempt: Mapped[int] = mapped_column(Integer)
+    reason: Mapped[str | None] = mapped_column(LongText)
+    result: Mapped[str | None] = mapped_column(LongText)
+    """JSON: what was measured on the way."""
+    folder: Mapped[str] = mapped_column(LongText)
+    """Where its files go; each attempt has a folder of its own there."""
+    asked_by: Mapped[str] = mapped_column(String(100))
+    worker: Mapped[str | None] = mapped_column(String(300))
+    renewed: Mapped[datetime | None] = mapped_column(DateTime)
+    """When its worker last told that it is at it, by the database's clock."""
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    started: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class TokenRow(Base):
+    """A token of the service: its name, and the digest of its secret."""
+
+    __tablename__ = "rank_search_tokens"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    role: Mapped[str] = mapped_column(String(8))
+    digest: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the secret, hexadecimal."""
+    created: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+Moment = DateTime().with_variant(DATETIME(fsp=6), "mysql", "mariadb")
+"""A point in time by the database's clock, UTC without a zone; MySQL's own DATETIME keeps whole seconds."""
+
+
+class LeaseRow(Base):
+    """Who holds something, and until when, by the database's clock. What nobody renews in time, others may take."""
+
+    __tablename__ = "rank_search_leases"
+    __table_args__ = (UniqueConstraint("study_id", "trial"), UniqueConstraint("name"))
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    study_id: Mapped[int | None] = mapped_column(ForeignKey(StudyRow.id, ondelete="CASCADE"))
+    """None of what belongs to no study, such as the building of a factor bank."""
+    trial: Mapped[int | None] = mapped_column(Integer)
+    """Number of the trial that is measured under it; None of a worker's own lease and of a named one."""
+    name: Mapped[str | None] = mapped_column(String(400))
+    """What it is on, where that is no trial."""
+    holder: Mapped[str] = mapped_column(String(300))
+    """Identity of the worker."""
+    attempt: Mapped[int] = mapped_column(Integer)
+    """1, and one more for every holder that lost it, of a trial for every worker that died over its rank map."""
+    acquired: Mapped[datetime] = mapped_column(Moment)
+    renewed: Mapped[datetime] = mapped_column(Moment)
+    expires: Mapped[datetime] = mapped_column(Moment)

@@ -21,6 +21,7 @@ import torch._dynamo
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbols
+from transformers import PreTrainedModel
 
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.compress.nested_linear import NestedLinear
@@ -205,6 +206,7 @@ def fused(
     blocks = blocks_of(model)
     try:
         with (
+            _inputs_requiring_grad(model),
             torch._dynamo.config.patch(force_parameter_static_shapes=False, recompile_limit=RECOMPILES),
             symbols.patch(use_duck_shape=False),  # type: ignore[attr-defined]
         ):
@@ -217,6 +219,19 @@ def fused(
             vars(block).pop("forward", None)
         for parent, name, layer in places:
             setattr(parent, name, layer)
+
+
+@contextmanager
+def _inputs_requiring_grad(model: nn.Module) -> Iterator[None]:
+    """Else the first block, whose input needs no gradient, would be compiled apart from the others."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

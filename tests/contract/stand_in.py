@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 from rank_search.api import STORAGE_VARIABLE
+from rank_search.errors import LeaseLostError
 from rank_search.launch import exits
 from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
+from rank_search.study.patience import Patience
 from tests.contract.synthetic import measure, open_study
 
 
@@ -28,7 +30,11 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
     if ill == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_supervisor()
-    study = open_study(os.environ[STORAGE_VARIABLE], ladder=[0.5])
+    spool = os.environ.get("RANK_SEARCH_TEST_SPOOL")
+    study = open_study(
+        os.environ[STORAGE_VARIABLE], ladder=[0.5], lease=float(os.environ.get("RANK_SEARCH_TEST_LEASE", "120")),
+        spool=Path(spool) if spool else None, patience=Patience(60.0, print),
+    )  # fmt: skip
     with Stopping(grace=10.0) as stopping:
         if ill == "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -43,7 +49,10 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
             except BaseException:
                 study.requeue(proposal)
                 raise
-            study.tell(proposal, measure(proposal.rank_map))
+            try:
+                study.tell(proposal, measure(proposal.rank_map))
+            except LeaseLostError as error:
+                print(f"going on: {error}")
             stopping.after_trial()
     study.close()
     return exits.DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
 from rank_search.spec import StudySpec, parse_study
 from rank_search.study.facts import StudyFacts
+from rank_search.study.patience import Patience
 from rank_search.study.study import Proposal, Study
 
 
@@ -48,15 +50,20 @@ def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
     return StudyFacts(**{**values, **changes})
 
 
-def make_spec(name: str = "tiny", **search: Any) -> StudySpec:
-    """A study file with the given ``[search]`` table."""
-    return parse_study({"name": name, "model": {"source": "models/tiny"}, "search": search}, where="test")
+def make_spec(name: str = "tiny", run: dict[str, Any] | None = None, **search: Any) -> StudySpec:
+    """A study file with the given ``[search]`` and ``[run]`` tables."""
+    tables = {"name": name, "model": {"source": "models/tiny"}, "search": search, "run": run or {}}
+    return parse_study(tables, where="test")
 
 
-def open_study(storage: str, name: str = "tiny", **search: Any) -> Study:
+def open_study(
+    storage: str, name: str = "tiny", *, lease: float | None = None, spool: Path | None = None,
+    patience: Patience | None = None, **search: Any,
+) -> Study:  # fmt: skip
     """Open a study over the made-up model."""
     allocator = make_allocator()
-    return Study.open(make_spec(name, **search), storage, allocator, make_facts(allocator))
+    spec = make_spec(name, {} if lease is None else {"lease_seconds": lease}, **search)
+    return Study.open(spec, storage, allocator, make_facts(allocator), spool=spool, patience=patience)
 
 
 def measure(

@@ -98,7 +98,7 @@ def test_pruned_trials_keep_what_was_measured_and_never_reach_the_front(storage:
         assert told.user_attrs["sliced loss"] == trial.measurement.loss
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "mutation"])
+@pytest.mark.parametrize("sampler", ["fitted", "tpe", "nsga2", "mutation"])
 def test_every_sampler_lives_with_pruned_trials(storage: str, sampler: str) -> None:
     space = "direct" if sampler == "mutation" else "multipliers"
     study = open_study(storage, **CLIMBING | {"sampler": sampler, "space": space})
@@ -284,7 +284,10 @@ def test_proposals_that_are_too_large_are_skipped(storage: str) -> None:
     assert skipped[0].reason.endswith(f"above search.max_params ({most:,})")
 
 
-@pytest.mark.parametrize(("sampler", "space"), [("tpe", "multipliers"), ("random", "groups"), ("mutation", "direct")])
+@pytest.mark.parametrize(
+    ("sampler", "space"),
+    [("fitted", "multipliers"), ("tpe", "multipliers"), ("random", "groups"), ("mutation", "direct")],
+)
 def test_four_of_five_proposals_lie_in_the_range_of_interest(storage: str, sampler: str, space: str) -> None:
     study = open_study(storage, sampler=sampler, space=space, ladder=[0.7], interest=[0.5, 0.6])
     kept = []

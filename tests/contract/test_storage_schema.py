@@ -26,7 +26,7 @@ def test_eight_processes_on_an_empty_database_make_one_study(empty_storage: str,
     done = sorted(pair for result in results for pair in result)
     assert [number for number, _ in done] == list(range(16))
     seeds = [f"{kind} {kept}" for kept in (0.9, 0.8, 0.6, 0.4) for kind in ("closed form", "uniform")]
-    assert [source for _, source in done] == seeds + ["tpe"] * 8
+    assert [source for _, source in done] == seeds + ["fitted"] * 8
     with StudyStore(empty_storage) as store:
         assert store.studies() == ["tiny"]
         assert store.finished("tiny") == 16

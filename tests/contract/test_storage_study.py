@@ -11,8 +11,9 @@ from sqlalchemy.engine import make_url
 
 from rank_search.errors import StorageError, StudyMismatchError
 from rank_search.study.records import State
+from rank_search.study.recovery import MAX_REQUEUES
 from rank_search.study.store import StudyStore
-from rank_search.study.study import MAX_REQUEUES, Study
+from rank_search.study.study import Study
 from tests.contract.synthetic import (
     make_allocator,
     make_facts,
@@ -36,7 +37,7 @@ def test_seeds_run_first_and_once(storage: str) -> None:
     study = open_study(storage, **LADDER)
     proposals = first + run_trials(study, 4)
     study.close()
-    assert [proposal.source for proposal in proposals] == [*SEEDS, "tpe", "tpe"]
+    assert [proposal.source for proposal in proposals] == [*SEEDS, "fitted", "fitted"]
     wanted = [rank_map for kept in (0.8, 0.5) for rank_map in (allocator.closed_form(kept), allocator.uniform(kept))]
     assert [proposal.rank_map for proposal in proposals[:4]] == wanted
 
@@ -119,7 +120,7 @@ def test_the_trial_of_a_dead_worker_is_proposed_again_exactly_once(storage: str,
         results = pool.starmap(worker_measures, [(storage, 3)] * 4, chunksize=1)
     sources = [source for result in results for _, source in result]
     assert sources.count("closed form 0.9") == 1
-    assert len(set(sources) - {"tpe"}) == 8
+    assert len(set(sources) - {"fitted"}) == 8
     with StudyStore(storage) as store:
         states = [trial.state for trial in store.trials("tiny")]
         assert states[0] is State.REQUEUED

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 
+from rank_search.data.examples import ExampleTable
+from rank_search.data.splits import Splits
+from rank_search.factors.slopes import Slope, measured_slopes, own_slope, rise_factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics, mean_statistics
 from rank_search.preparing import prepare
 from rank_search.spec import load_study_file
@@ -50,3 +57,67 @@ def test_what_layers_share_stays_shared() -> None:
     assert mean["q"].A is mean["k"].A
     assert torch.equal(mean["q"].A, 2 * torch.eye(2, dtype=torch.float64))
     assert not first
+
+
+def test_slopes_are_the_derivatives_of_the_loss_along_what_is_lost(tiny_study: StudyFactory) -> None:
+    made = prepare(load_study_file(tiny_study()))
+    examples = Examples.of(made.loaded.task, made.splits.train.columns)[torch.arange(6)]
+    lost = {t.name: 0.1 * torch.randn(t.shape.m, t.shape.n, generator=torch.Generator().manual_seed(i))
+            for i, t in enumerate(made.targets[:4])}  # fmt: skip
+    found = measured_slopes(made.model, made.targets, lost, examples, batch_blocks=4)
+    assert found.keys() == lost.keys()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in made.model.parameters())
+    for target in made.targets[:4]:
+        before, losses = target.matrix.clone(), []
+        for s in (-1e-2, 1e-2):
+            target.write(before + s * lost[target.name])
+            with torch.no_grad():
+                losses.append(float(examples.task.loss(made.model, examples.tensors)))
+        target.write(before)
+        assert found[target.name] == pytest.approx((losses[1] - losses[0]) / 2e-2, rel=2e-2, abs=2e-5)
+
+
+def test_own_slope_is_twice_the_predicted_rise(tiny_study: StudyFactory) -> None:
+    made = prepare(load_study_file(tiny_study(factors={"anchor": 1.0, "damping": 1e-9})))
+    examples = Examples.of(made.loaded.task, made.splits.calibration.columns)
+    statistics = collect_statistics(made.model, made.targets, examples, batch_blocks=8, seed=0)
+    for target in made.targets:
+        factors, rank = made.bank[target.name], 5
+        lost = factors.out[:rank].T @ factors.inn[:rank] - target.matrix
+        predicted = 0.5 * float(factors.sigma[rank:].square().sum())
+        assert own_slope(statistics[target.name], lost) == pytest.approx(2 * predicted, rel=1e-2)
+
+
+def test_rises_are_multiplied_and_factors_stay(tiny_study: StudyFactory) -> None:
+    plain, sloped = (
+        prepare(load_study_file(tiny_study(factors={"anchor": 0.5, "slope_power": power}))) for power in (0.0, 0.5)
+    )
+    quotients = set()
+    for target in plain.targets:
+        one, other = plain.bank[target.name], sloped.bank[target.name]
+        assert torch.equal(one.out, other.out)
+        assert torch.equal(one.inn, other.inn)
+        quotient = (other.sigma / one.sigma).square()
+        torch.testing.assert_close(quotient, quotient[:1].expand_as(quotient))
+        assert 0.499 < quotient[0] < 2.001  # the square root of a quarter, and of four
+        quotients.add(round(float(quotient[0]), 6))
+    assert len(quotients) > 1
+
+
+def test_layers_that_lost_nothing_count_as_their_type_does() -> None:
+    slopes = {"a.q": Slope(2.0, 1.0), "b.q": Slope(4.0, 1.0), "a.o": Slope(1e3, 1.0), "b.o": Slope(-1.0, 1.0)}
+    groups = {"a.q": "q", "b.q": "q", "c.q": "q", "a.o": "o", "b.o": "o", "c.up": "up"}
+    assert rise_factors(slopes, groups, 1.0) == {
+        "a.q": 2.0, "b.q": 4.0, "c.q": 3.0, "a.o": 4.0, "b.o": 0.25, "c.up": 4.0,
+    }  # fmt: skip
+    assert rise_factors(slopes, groups, 0.5)["b.q"] == 2.0
+    assert set(rise_factors(slopes, groups, 0.0).values()) == {1.0}
+
+
+def test_a_compressed_model_is_looked_at_on_other_text_but_never_on_what_folds_hold_out() -> None:
+    column = np.arange(40, dtype=np.int32).reshape(10, 4)
+    tables = [ExampleTable({"input_ids": part}) for part in (column[:3], column[3:8], column[8:])]
+    apart = Splits(*tables)
+    assert np.array_equal(apart.recalibration.columns["input_ids"], column[3:6])
+    assert replace(apart, folds=2).recalibration is tables[0]
+    assert replace(apart, train=tables[1][:2]).recalibration is tables[0]

@@ -74,12 +74,13 @@ def test_rows_are_kept_skipped_and_merged(bench: Callable[..., str], tiny_study:
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("space", ["multipliers", "direct"])
+@pytest.mark.parametrize(("space", "sampler"), [("multipliers", "fitted"), ("direct", "mutation")])
 def test_published_allocations_seed_a_study_once(
-    tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch, space: str
+    tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch, space: str, sampler: str
 ) -> None:
     seeds = ["closed-form", "zs-svd", "svd-llm-v2"]
-    file = tiny_study(finetune={"steps": 0}, search={"ladder": [0.7, 0.5], "seeds": seeds, "space": space, "trials": 4})
+    search = {"ladder": [0.7, 0.5], "seeds": seeds, "space": space, "sampler": sampler, "trials": 4}
+    file = tiny_study(finetune={"steps": 0}, search=search)
     api.run(file)
     given: list[int] = []
     plain = Study.open
@@ -101,6 +102,6 @@ def test_published_allocations_seed_a_study_once(
         kept = float(trial.source.rsplit(" ", 1)[1])
         held = sum(shape.params(trial.rank_map.get(shape.name)) for shape in facts.shapes)
         assert kept * dense - 100 < held <= kept * dense
-    changed = tiny_study(finetune={"steps": 0}, search={"ladder": [0.7, 0.5], "seeds": seeds[:2], "space": space})
+    changed = tiny_study(finetune={"steps": 0}, search={**search, "seeds": seeds[:2]})
     with pytest.raises(StudyMismatchError, match=r"search\.seeds"):
         api.run(changed)

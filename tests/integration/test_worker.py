@@ -12,9 +12,17 @@ import torch
 import rank_search as rs
 from rank_search.api import facts_of
 from rank_search.compress.checkpoint import load_checkpoint
-from rank_search.errors import CheckpointError, NonFiniteLossError, RankMapError, TrialError
+from rank_search.errors import (
+    CheckpointError,
+    DeviceLostError,
+    NonFiniteLossError,
+    RankMapError,
+    StorageError,
+    TrialError,
+)
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front
+from rank_search.launch.exits import PREEMPTED, exit_code
 from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
@@ -22,7 +30,8 @@ from rank_search.ranks import RankMap
 from rank_search.score import score
 from rank_search.spec import load_study_file
 from rank_search.study.records import State
-from rank_search.study.study import Study
+from rank_search.study.recovery import MAX_REQUEUES
+from rank_search.study.study import Proposal, Study
 from rank_search.task import CAUSAL_LM, Examples
 from rank_search.trial import Evaluator
 from rank_search.worker import SAME_FAILURES, Outcome, work
@@ -104,6 +113,76 @@ def test_a_full_gpu_fails_the_trial_with_a_way_out(prepared: Prepared, tmp_path:
     with _open(prepared, tmp_path) as study:
         work(study, evaluator, 2, on_outcome=outcomes.append)
     assert outcomes[0].reason == "out of GPU memory; lower finetune.batch_blocks or run.score_batch_blocks"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might"),
+              RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")]
+)  # fmt: skip
+def test_a_lost_gpu_ends_the_process_and_its_trial_is_proposed_again(
+    prepared: Prepared, tmp_path: Path, error: RuntimeError
+) -> None:
+    evaluator = Failure(prepared, lambda n, _: error if n == 2 else None)
+    with (
+        _open(prepared, tmp_path) as study,
+        pytest.raises(DeviceLostError, match=r"^trial 1: the GPU failed under it \(CUDA error: .*another process"),
+    ):
+        work(study, evaluator, 4)
+    assert len(evaluator.measured) == 2  # not once more in this process
+    assert exit_code(DeviceLostError("x")) == PREEMPTED
+    assert [trial.state for trial in _view(tmp_path).trials] == [State.COMPLETE, State.REQUEUED]
+    healthy = Failure(prepared, lambda n, _: None)
+    with _open(prepared, tmp_path) as study:
+        work(study, healthy, 4)
+    assert evaluator.measured[1] in healthy.measured
+
+
+def test_a_trial_under_which_gpus_fail_again_and_again_fails(prepared: Prepared, tmp_path: Path) -> None:
+    bad: list[RankMap] = []
+
+    def error(_: int, rank_map: RankMap) -> BaseException | None:
+        bad.append(rank_map)
+        return torch.AcceleratorError("CUDA error: an illegal memory access") if rank_map == bad[0] else None
+
+    for _ in range(MAX_REQUEUES + 1):
+        with _open(prepared, tmp_path) as study, pytest.raises(DeviceLostError):
+            work(study, Failure(prepared, error), 20)
+    with _open(prepared, tmp_path) as study:
+        study.reconcile()
+    tried = [trial for trial in _view(tmp_path).trials if trial.rank_map == bad[0]]
+    assert [trial.state for trial in tried] == [State.REQUEUED] * MAX_REQUEUES + [State.FAILED]
+    assert "GPU failed under it" in (tried[-1].reason or "")
+
+
+def test_a_trial_that_is_lost_is_no_failure_and_the_worker_goes_on(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[Outcome] = []
+    tell = Study.tell
+
+    def lose(study: Study, proposal: Proposal, measurement: Measurement, rung: int = 0) -> State:
+        if not outcomes:
+            study.requeue(proposal)  # as another worker would that finds its lease run out
+        return tell(study, proposal, measurement, rung)
+
+    monkeypatch.setattr(Study, "tell", lose)
+    with _open(prepared, tmp_path) as study:
+        work(study, Evaluator(prepared), 4, on_outcome=outcomes.append)
+    assert [outcome.state for outcome in outcomes] == [State.REQUEUED] + [State.COMPLETE] * 4
+    assert [trial.state for trial in _view(tmp_path).trials] == [State.REQUEUED] + [State.COMPLETE] * 4
+
+
+def test_a_database_that_refuses_is_no_failure_of_the_trial(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> State:
+        raise StorageError("permission denied")
+
+    with _open(prepared, tmp_path) as study, monkeypatch.context() as patch:
+        patch.setattr(Study, "tell", refuse)
+        with pytest.raises(StorageError, match="permission denied"):
+            work(study, Evaluator(prepared), 4)
+    assert [trial.state for trial in _view(tmp_path).trials] == [State.RUNNING]
 
 
 def test_equal_failures_in_a_row_stop_it(prepared: Prepared, tmp_path: Path) -> None:

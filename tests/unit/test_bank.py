@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +89,7 @@ def test_another_process_finds_it(tmp_path: Path, processes: ForkServerContext) 
     [
         {"revision": "abc"}, {"weights_digest": "other"}, {"calibration_digest": "other"}, {"method": "svd"},
         {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"tuned": "nested"},
-        {"anchor": 0.6}, {"format_version": 99},
+        {"anchor": 0.6}, {"recalibration_digest": "other"}, {"slope_power": 0.25}, {"format_version": 99},
     ],
 )  # fmt: skip
 def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> None:
@@ -97,7 +99,7 @@ def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> N
 
 
 def test_every_field_of_the_key_is_tested_above() -> None:
-    assert len(fields(BankKey)) == 11
+    assert len(fields(BankKey)) == 13
 
 
 def test_plain_svd_shares_its_bank_between_calibrations() -> None:
@@ -263,6 +265,36 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "banks").write_text("a file is in the way")
     with pytest.raises(BankError, match=r"cannot be written: .*; choose another run.work_dir$"):
         open_or_build(tmp_path, KEY, _factors, MADE)
+
+
+def test_in_a_folder_that_is_read_only_a_bank_is_opened_and_none_is_built(processes: ForkServerContext) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="rs-bank-"))  # pytest's own cannot be entered by another user
+    try:
+        open_or_build(folder, KEY, _factors, MADE)
+        for path in (folder, folder / "banks"):
+            path.chmod(0o555)
+        with processes.Pool(1) as pool:
+            told = pool.apply(_open_as_nobody, (folder,))
+    finally:
+        for path in (folder, folder / "banks"):
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+    assert told == ["opened", f"factor bank {bank_path(folder, OTHER)} cannot be written: Permission denied; choose "
+                    "another run.work_dir"]  # fmt: skip
+
+
+OTHER = replace(KEY, seed=1)
+
+
+def _open_as_nobody(folder: Path) -> list[str]:
+    if os.geteuid() == 0:  # who may write everywhere
+        os.setuid(65534)
+    open_or_build(folder, KEY, _never, MADE)
+    try:
+        open_or_build(folder, OTHER, _factors, MADE)
+    except BankError as error:
+        return ["opened", str(error)]
+    return ["opened", "built"]
 
 
 def test_on_a_cpu_trials_slice_the_mapped_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ FRAMEWORKS = {"torch", "transformers", "optuna", "datasets", "sqlalchemy", "matp
 COMMANDS = (
     "run", "launch", "worker", "prepare", "allocate", "front", "status", "export", "apply", "evaluate", "layers",
     "db upgrade", "db check", "db export", "db import",
+    "serve", "jobs", "pause", "resume", "stop", "token create", "token list", "token revoke",
 )  # fmt: skip
 
 

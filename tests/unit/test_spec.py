@@ -62,7 +62,7 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         (LEAST + "[search]\nladder = [0.5, 1.5]\n", "search.ladder.1: Input should be less than or equal to 1"),
         (LEAST + '[search]\nseeds = ["uniform", "uniform"]\n', "search: seeds (uniform, uniform) name"),
         (LEAST + '[search]\nseeds = ["slicegpt"]\n', "search.seeds.0: Input should be 'closed-form', "),
-        (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'tpe', 'nsga2'"),
+        (LEAST + '[search]\nsampler = "cma"\n', "search.sampler: Input should be 'fitted', 'tpe'"),
         (LEAST + "[targets]\nshare = 0\n", "targets.share: Input should be greater than 0, not 0"),
         (LEAST + "[finetune]\nlearning_rate = nan\n", "finetune.learning_rate: "),
         (LEAST + "[finetune]\nlearning_rate = inf\n", "finetune.learning_rate: "),

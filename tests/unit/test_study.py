@@ -132,24 +132,26 @@ def open_seeded(storage: str, given: dict[Seed, RankMap] | None, **search: Any) 
     return Study.open(spec, storage, allocator, make_facts(allocator), given)
 
 
-@pytest.mark.parametrize("space", ["multipliers", "direct"])
-def test_given_seeds_are_proposed_as_they_are_and_again_after_an_interrupt(tmp_path: Path, space: str) -> None:
+@pytest.mark.parametrize(("space", "sampler"), [("multipliers", "fitted"), ("multipliers", "tpe"), ("direct", "tpe")])
+def test_given_seeds_are_proposed_as_they_are_and_again_after_an_interrupt(
+    tmp_path: Path, space: str, sampler: str
+) -> None:
     storage, allocator = f"sqlite:///{tmp_path}/s.db", make_allocator()
     foreign = RankMap({"block.0.attn": 1, "block.2.mlp": 3})
     given = {Seed(0.7, "svd-llm-v2"): foreign, Seed(0.7, "zs-svd"): allocator.closed_form(0.7)}
-    spec = make_spec(ladder=[0.7], seeds=["closed-form", "svd-llm-v2", "zs-svd"], space=space)
+    spec = make_spec(ladder=[0.7], seeds=["closed-form", "svd-llm-v2", "zs-svd"], space=space, sampler=sampler)
     assert given_seeds(spec, storage, allocator) == tuple(given)
-    study = open_seeded(storage, given, space=space)
+    study = open_seeded(storage, given, space=space, sampler=sampler)
     run_trials(study, 1)
     study.requeue(study.ask())
     study.close()
     assert given_seeds(spec, storage, allocator) == ()
-    study = open_seeded(storage, None, space=space)
+    study = open_seeded(storage, None, space=space, sampler=sampler)
     proposals = run_trials(study, 2)
     study.close()
     assert (proposals[0].source, proposals[0].rank_map) == ("svd-llm-v2 0.7", foreign)
     # Equal to the closed form, the other is not measured again.
-    assert proposals[1].source == "tpe"
+    assert proposals[1].source == sampler
 
 
 def test_a_seed_that_nobody_made_is_refused(tmp_path: Path) -> None:

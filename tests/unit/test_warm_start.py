@@ -66,15 +66,15 @@ def test_points_outside_of_the_range_are_left_out() -> None:
         carried_over(points, "o", shapes, "two-factor", allocator, (0.9, 0.95))
 
 
-@pytest.mark.parametrize("space", ["multipliers", "direct"])
-def test_a_study_measures_the_other_front_first_and_once(tmp_path: Path, space: str) -> None:
+@pytest.mark.parametrize(("space", "sampler"), [("multipliers", "fitted"), ("direct", "tpe")])
+def test_a_study_measures_the_other_front_first_and_once(tmp_path: Path, space: str, sampler: str) -> None:
     storage = f"sqlite:///{tmp_path}/s.db"
     first = open_study(storage, name="first", space="direct", sampler="mutation", ladder=[0.8, 0.5])
     run_trials(first, 14)
     wanted = {point.rank_map for point in first.front()}
     first.close()
     allocator = make_allocator()
-    spec = make_spec("second", space=space, ladder=[0.7], seeds=["closed-form"])
+    spec = make_spec("second", space=space, sampler=sampler, ladder=[0.7], seeds=["closed-form"])
     for _ in range(2):  # resumed with the same option
         study = Study.open(spec, storage, allocator, make_facts(allocator))
         carried = OtherFront.read(f"{storage}#first", "sqlite:///none.db").carried_to(allocator, spec.search)

@@ -1,0 +1,81 @@
+"""What a sampler of the project's own goes by: the newest measured trials, the front, and what is being measured. Read
+from the project's own tables, which hold whole rank maps in one column. No Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from rank_search.ranks import RankMap
+from rank_search.study.bounded import thinned
+from rank_search.study.engine import READ_ONLY, translated
+from rank_search.study.records import State
+from rank_search.study.stored import rank_map_of
+from rank_search.study.tables import FrontRow, StudyRow, TrialRow
+
+NEWEST = 128
+"""So many of the newest complete trials, ..."""
+BEST = 128
+"""... and so many points of the front."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A rank map that was measured, or is being measured.
+
+    Attributes:
+        number: of its trial.
+        loss: of the highest fidelity, nats per token; None of a running trial.
+        kept: kept fraction of the target layers; None of a running trial.
+    """
+
+    number: int
+    rank_map: RankMap
+    loss: float | None
+    kept: float | None
+
+
+class Evidence:
+    """Reads it, each rank map once; bounded, so that a proposal costs the same however many trials a study has.
+
+    Args:
+        engine: of a database that has the project's tables.
+        name: of the study.
+    """
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine.execution_options(**READ_ONLY)
+        self._name = name
+        self._rank_maps: dict[int, RankMap] = {}
+
+    def read(self) -> list[Tried]:
+        """Complete trials, :data:`BEST` of the front and the :data:`NEWEST`, and running ones, by number.
+
+        Raises:
+            StorageError: the database cannot be reached or is damaged.
+        """
+        with translated(self._engine.url), Session(self._engine) as session:
+            study = select(StudyRow.id).where(StudyRow.name == self._name).scalar_subquery()
+            columns = select(TrialRow.number, TrialRow.loss, TrialRow.kept_of_targets).where(TrialRow.study_id == study)
+            complete = columns.where(TrialRow.state == State.COMPLETE)
+            newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
+            running = columns.where(TrialRow.state == State.RUNNING)
+            front = select(FrontRow.trial, FrontRow.loss, FrontRow.kept_of_targets).where(FrontRow.study == self._name)
+            found: dict[int, tuple[float | None, float | None]] = {}
+            best = thinned(session.execute(front.order_by(FrontRow.num_params)).all(), BEST)
+            for number, loss, kept in [*best, *session.execute(newest), *session.execute(running)]:
+                found[number] = loss, kept
+            self._read_rank_maps(session, found)
+        return [Tried(number, self._rank_maps[number], *found[number]) for number in sorted(found)]
+
+    def _read_rank_maps(self, session: Session, numbers: Iterable[int]) -> None:
+        wanted = [number for number in numbers if number not in self._rank_maps]
+        if wanted:
+            study = select(StudyRow.id).where(StudyRow.name == self._name).scalar_subquery()
+            query = select(TrialRow.number, TrialRow.rank_map).where(
+                TrialRow.study_id == study, TrialRow.number.in_(wanted)
+            )
+            self._rank_maps |= {number: rank_map_of(text) for number, text in session.execute(query)}

@@ -1,0 +1,108 @@
+"""Results that the database could not take, kept in files until it can. No Optuna."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rank_search.errors import RankSearchError
+from rank_search.measurement import Fidelity, Measurement
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """The result of a trial.
+
+    Attributes:
+        number: of the trial.
+        worker: who measured it; with the number this tells whether a database holds the trial.
+        rank_map_digest: of what was measured.
+        rung: the highest, on which it was measured.
+        measurement: what was measured.
+    """
+
+    number: int
+    worker: str
+    rank_map_digest: str
+    rung: int
+    measurement: Measurement
+
+
+class Spool:
+    """A folder of results of one study, any number of workers at it.
+
+    Args:
+        folder: made when the first result comes.
+        study: its name.
+    """
+
+    def __init__(self, folder: Path, study: str) -> None:
+        self._folder = folder
+        self._study = study
+
+    def keep(self, result: Spooled) -> Path:
+        """Write a result to disk, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Names of hosts hold neither colons nor slashes; a worker's result of a trial has one name.
+        path = self._folder / f"{self._study}.{result.number}.{result.worker.replace(':', '_')}.json"
+        temporary = path.with_suffix(".writing")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump({"version": _VERSION, "study": self._study, **_plain(result)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(self._folder)
+        return path
+
+    def results(self) -> Iterator[tuple[Path, Spooled]]:
+        """All results, the lowest trial first; files that are none, or of another version, are left alone."""
+        found = []
+        for path in self._folder.glob(f"{self._study}.*.json") if self._folder.is_dir() else ():
+            result = _read(path, self._study)
+            if result is not None:
+                found.append((path, result))
+        yield from sorted(found, key=lambda pair: pair[1].number)
+
+
+def _plain(result: Spooled) -> dict[str, Any]:
+    measured = {field.name: getattr(result.measurement, field.name) for field in fields(Measurement)}
+    measured |= {"fidelity": result.measurement.fidelity.label, "metrics": dict(result.measurement.metrics)}
+    told = {field.name: getattr(result, field.name) for field in fields(Spooled)}
+    return {**told, "measurement": measured}
+
+
+def _read(path: Path, study: str) -> Spooled | None:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told.pop("version") != _VERSION or told.pop("study") != study:
+            return None
+        measured = told.pop("measurement")
+        for name, value in measured.items():
+            if isinstance(value, list):
+                measured[name] = tuple(value)
+        measured["fidelity"] = Fidelity.from_label(measured["fidelity"])
+        return Spooled(**told, measurement=Measurement(**measured))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RankSearchError):
+        return None
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

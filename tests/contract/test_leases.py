@@ -1,0 +1,429 @@
+"""Leases by the database's clock: whose trial is taken, whose is not, and what becomes of a result that comes too late.
+
+A worker of another host is a study that was opened under another host's name; it is silenced by stopping its thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from sqlalchemy import delete, func, select, update
+
+from rank_search.cli.tables import status_lines
+from rank_search.errors import LeaseLostError, OutOfPatienceError, StorageError, UnavailableError
+from rank_search.study import patience as waiting
+from rank_search.study.clock import database_now
+from rank_search.study.consistency import check_database
+from rank_search.study.engine import make_engine
+from rank_search.study.heartbeat import Heartbeat
+from rank_search.study.leases import Leases
+from rank_search.study.patience import Patience
+from rank_search.study.records import State
+from rank_search.study.recovery import MAX_REQUEUES
+from rank_search.study.store import StudyStore
+from rank_search.study.study import Study
+from rank_search.study.tables import LeaseRow
+from tests.contract.synthetic import measure, open_study, run_trials
+
+LADDER = {"ladder": [0.8, 0.5]}
+
+
+@contextmanager
+def elsewhere(host: str = "elsewhere") -> Iterator[None]:
+    """Studies that are opened inside are those of a worker of another host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rank_search.study.liveness.socket.gethostname", lambda: host)
+        yield
+
+
+def silence(study: Study) -> None:
+    """Let a worker give no sign of life any more."""
+    study._heartbeat.stop()
+
+
+def let_leases_run_out(storage: str, seconds: float = 1.0) -> None:
+    """As if nobody had renewed any for long."""
+    engine = make_engine(storage)
+    with engine.begin() as connection:
+        past = database_now(connection) - timedelta(seconds=seconds)
+        connection.execute(update(LeaseRow).values(renewed=past - timedelta(seconds=1), expires=past))
+    engine.dispose()
+
+
+def count_leases(storage: str) -> int:
+    engine = make_engine(storage)
+    with engine.connect() as connection:
+        count = connection.execute(select(func.count()).select_from(LeaseRow)).scalar_one()
+    engine.dispose()
+    return count
+
+
+def states(storage: str) -> list[State]:
+    with StudyStore(storage) as store:
+        return [trial.state for trial in store.trials("tiny")]
+
+
+def test_a_silent_worker_of_another_host_loses_its_trial_and_its_late_result_is_refused(storage: str) -> None:
+    with elsewhere():
+        stalled = open_study(storage, lease=1, **LADDER)
+    held = stalled.ask()
+    silence(stalled)
+    study = open_study(storage, lease=1, patience=Patience(600), **LADDER)
+    run_trials(study, 3)  # the other seeds
+    time.sleep(2.2)  # both leases of the stalled one have run out, and this worker has been there for as long
+    again = study.ask()
+    assert (again.rank_map, again.source) == (held.rank_map, held.source)
+    with pytest.raises(LeaseLostError, match=r"trial 0 of study 'tiny' was given back .*silent for \d+ s"):
+        stalled.tell(held, measure(held.rank_map, loss=1.0))
+    study.tell(again, measure(again.rank_map))
+    run_trials(stalled, 1)  # it goes on
+    stalled.close()
+    study.close()
+    found = states(storage)
+    assert found[0] is State.REQUEUED
+    assert set(found[1:]) == {State.COMPLETE}
+    with StudyStore(storage) as store:
+        digests = [trial.rank_map.digest for trial in store.trials("tiny") if trial.state is State.COMPLETE]
+    assert len(set(digests)) == len(digests)
+    assert check_database(storage) == ()
+    assert count_leases(storage) == 0
+
+
+def test_a_worker_that_gives_signs_of_life_keeps_its_trial(storage: str) -> None:
+    with elsewhere():
+        slow = open_study(storage, lease=1, **LADDER)
+    held = slow.ask()
+    study = open_study(storage, lease=1, **LADDER)
+    for _ in range(5):
+        time.sleep(0.6)
+        run_trials(study, 1)
+    slow.tell(held, measure(held.rank_map))
+    slow.close()
+    study.close()
+    assert set(states(storage)) == {State.COMPLETE}
+
+
+def test_no_clock_but_the_databases_counts(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts ten minutes apart, one in another time zone."""
+
+    def shifted(minutes: float) -> type[datetime]:
+        class Shifted(datetime):
+            @classmethod
+            def now(cls, tz: object = None) -> datetime:
+                return datetime.now(UTC) + timedelta(minutes=minutes)
+
+        return Shifted
+
+    studies = []
+    for host, minutes, zone in (("early", -5, "Asia/Tokyo"), ("late", 5, "UTC")):
+        monkeypatch.setenv("TZ", zone)
+        monkeypatch.setenv("PGTZ", zone)
+        time.tzset()
+        monkeypatch.setattr("rank_search.study.store.datetime", shifted(minutes))
+        with elsewhere(host):
+            studies.append(open_study(storage, lease=2, **LADDER))
+    held = [study.ask() for study in studies]
+    for _ in range(3):
+        time.sleep(0.7)
+        for study in studies:
+            study.reconcile()
+    with StudyStore(storage) as store:
+        beats = store.status("tiny").workers
+    assert [beat.trial for beat in beats] == [0, 1]
+    assert all(0 <= beat.age < 2 and not beat.is_silent for beat in beats)
+    for study, proposal in zip(studies, held, strict=True):
+        study.tell(proposal, measure(proposal.rank_map))
+        study.close()
+    monkeypatch.undo()
+    time.tzset()
+    assert states(storage) == [State.COMPLETE] * 2
+
+
+def test_after_an_outage_nobody_is_taken_for_gone_for_a_whole_lease(storage: str) -> None:
+    with elsewhere():
+        gone = open_study(storage, lease=1, **LADDER)
+    held = gone.ask()
+    silence(gone)
+    study = open_study(storage, lease=1, patience=Patience(600), **LADDER)
+    let_leases_run_out(storage)
+    study.reconcile()
+    assert states(storage) == [State.RUNNING]  # for all that this worker knows, the database was away until now
+    time.sleep(1.5)
+    study.reconcile()
+    assert states(storage) == [State.REQUEUED]
+    study.close()
+    with pytest.raises(LeaseLostError):
+        gone.tell(held, measure(held.rank_map))
+    gone.close()
+
+
+def test_whoever_was_silent_for_longer_than_workers_wait_is_gone(storage: str) -> None:
+    with elsewhere():
+        gone = open_study(storage, **LADDER)
+    gone.ask()
+    silence(gone)
+    let_leases_run_out(storage, seconds=601)
+    study = open_study(storage, patience=Patience(600), **LADDER)
+    assert states(storage) == [State.REQUEUED]
+    study.close()
+    gone.close()
+
+
+def test_a_trial_without_a_lease_gets_one_that_its_worker_may_renew(storage: str) -> None:
+    with elsewhere():
+        old = open_study(storage, **LADDER)
+    held = old.ask()
+    silence(old)
+    engine = make_engine(storage)
+    with engine.begin() as connection:
+        connection.execute(delete(LeaseRow))
+    study = open_study(storage, **LADDER)
+    assert [lease.trial for lease in Leases(engine, "", 1).of_study("tiny")] == [None, held.number]
+    engine.dispose()
+    study.reconcile()
+    assert states(storage) == [State.RUNNING]
+    let_leases_run_out(storage)
+    study.reconcile()
+    assert states(storage) == [State.REQUEUED]
+    study.close()
+    old.close()
+
+
+def test_a_trial_over_which_workers_fall_silent_again_and_again_fails(storage: str) -> None:
+    for number in range(MAX_REQUEUES + 1):
+        with elsewhere(f"host{number}"):
+            gone = open_study(storage, ladder=[0.5])
+        assert "closed form 0.5" in {gone.ask().source for _ in range(3)}
+        silence(gone)
+        gone._optuna.close()
+        gone._store.close()
+        let_leases_run_out(storage)
+    study = open_study(storage, ladder=[0.5])
+    study.close()
+    with StudyStore(storage) as store:
+        tried = [trial for trial in store.trials("tiny") if trial.source == "closed form 0.5"]
+    assert [trial.state for trial in tried] == [State.REQUEUED] * MAX_REQUEUES + [State.FAILED]
+    assert f"died {MAX_REQUEUES + 1} times" in (tried[-1].reason or "")
+
+
+def test_six_at_once_propose_four_lost_trials_again_once_each(storage: str, processes: ForkServerContext) -> None:
+    with elsewhere():
+        gone = open_study(storage, **LADDER)
+    held = [gone.ask().rank_map for _ in range(4)]
+    silence(gone)
+    let_leases_run_out(storage)
+    with processes.Pool(6) as pool:
+        pool.map(reopen, [storage] * 6, chunksize=1)
+    assert states(storage) == [State.REQUEUED] * 4
+    study = open_study(storage, **LADDER)
+    again = run_trials(study, 6)
+    study.close()
+    gone.close()
+    assert [proposal.rank_map for proposal in again[:4]] == held
+    assert not set(held) & {proposal.rank_map for proposal in again[4:]}
+
+
+def reopen(storage: str) -> None:
+    open_study(storage, **LADDER).close()
+
+
+def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
+    with elsewhere():
+        gone = open_study(storage, **LADDER)
+    gone.ask()
+    silence(gone)
+    let_leases_run_out(storage, seconds=300)
+    study = open_study(storage, patience=Patience(600), **LADDER)
+    study.fail(study.ask(), "validation loss is nan")
+    with StudyStore(storage) as store:
+        status = store.status("tiny")
+    assert [(beat.trial, beat.is_silent) for beat in status.workers] == [(0, True), (None, False)]
+    assert 300 <= status.workers[0].age < 320
+    lines = list(status_lines(status))
+    process = os.getpid()
+    assert any(
+        re.fullmatch(
+            rf"worker +elsewhere, process {process}: trial 0, last heard of 30\d s ago, silent: .* proposed again", line
+        )
+        for line in lines
+    )
+    assert any(line.endswith(f"process {process}: between two trials, last heard of 0 s ago") for line in lines)
+    assert lines[-1] == "trial 1 failed: validation loss is nan"
+    study.close()
+    gone.close()
+
+
+def test_a_named_lease_has_one_holder_until_it_runs_out(storage: str) -> None:
+    engine = make_engine(storage)
+    first, second = Leases(engine, "a:1:", 60), Leases(engine, "b:1:", 60)
+    assert first.try_name("bank x") == 1
+    assert second.try_name("bank x") is None
+    assert second.try_name("bank y") == 1
+    let_leases_run_out(storage)
+    assert second.try_name("bank x") == 2
+    assert not first.renew_name("bank x", 1)
+    first.end_name("bank x", 1)  # it has nothing to end any more
+    assert first.try_name("bank x") is None
+    second.end_name("bank x", 2)
+    assert first.try_name("bank x") == 3
+    engine.dispose()
+
+
+def test_the_thread_lives_through_every_error_of_the_database(tmp_path: Path) -> None:
+    answers: Iterator[Exception | None] = iter(
+        [None, None, StorageError("permission denied"), UnavailableError("away")]
+    )
+    calls: list[float] = []
+
+    def renew(_leases: Leases) -> None:
+        calls.append(time.monotonic())
+        answer = next(answers, None)
+        if answer is not None:
+            raise answer
+
+    heartbeat = Heartbeat(f"sqlite:///{tmp_path}/none.db", "a:1:", 0.3, renew)
+    heartbeat.start()
+    seen = []
+    while len(calls) < 8:
+        time.sleep(0.02)
+        seen.append(heartbeat.steady_seconds())
+    heartbeat.stop()
+    assert 0.0 in seen[1:]  # while the errors came
+    assert 0.0 < seen[-1] < calls[-1] - calls[3] + 0.1  # counted anew since
+
+
+def test_a_result_that_is_not_taken_is_spooled_and_told_again(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST_PAUSE", 0.01)
+    said: list[str] = []
+    study = open_study(storage, spool=tmp_path / "spool", patience=Patience(600, said.append), **LADDER)
+    proposal = study.ask()
+    spooled: list[int] = []
+
+    def away(store: StudyStore, *arguments: object, **options: object) -> object:
+        spooled.append(len(list((tmp_path / "spool").glob("*"))))
+        if len(spooled) < 4:
+            raise UnavailableError("connection refused")
+        return stored(store, *arguments, **options)  # type: ignore[arg-type]
+
+    stored = StudyStore.complete_trial
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyStore, "complete_trial", away)
+        study.tell(proposal, measure(proposal.rank_map))
+    assert spooled == [0, 1, 1, 1]
+    assert list((tmp_path / "spool").iterdir()) == []
+    assert "waiting for the database" in said[0]
+    assert "the database is back" in said[1]
+    assert len(said) == 2
+    study.tell(proposal, measure(proposal.rank_map))  # telling twice is no error
+    study.close()
+    assert states(storage) == [State.COMPLETE]
+    assert check_database(storage) == ()
+
+
+@pytest.mark.parametrize("error", [UnavailableError("connection refused"), StorageError("permission denied")])
+def test_whoever_opens_the_study_next_tells_what_was_spooled(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError
+) -> None:
+    study = open_study(storage, spool=tmp_path, patience=Patience(0.05), **LADDER)
+    proposal, measured = study.ask(), measure
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise error
+
+        patch.setattr(StudyStore, "complete_trial", refuse)
+        with pytest.raises((OutOfPatienceError, StorageError), match=str(error)):
+            study.tell(proposal, measured(proposal.rank_map, loss=2.25))
+    study.close()
+    (file,) = tmp_path.glob("tiny.0.*.json")
+    copy = file.read_text(encoding="utf-8")
+    (tmp_path / "tiny.1.other.json").write_text(copy[: len(copy) // 2], encoding="utf-8")  # half a file is left alone
+    said: list[str] = []
+    open_study(storage, spool=tmp_path, patience=Patience(1, said.append), **LADDER).close()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["tiny.1.other.json"]
+    assert said == ["stored the result of trial 0, which was kept on disk"]
+    with StudyStore(storage) as store:
+        (trial,) = store.trials("tiny")
+        assert trial.measurement == measure(proposal.rank_map, loss=2.25)
+        assert store.front("tiny") == store.recompute_front("tiny")
+    assert check_database(storage) == ()
+
+
+def test_a_spooled_result_of_a_trial_that_is_with_another_worker_is_dropped(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(storage, spool=tmp_path, **LADDER)
+    proposal = study.ask()
+
+    def away(*_: object, **__: object) -> None:
+        raise UnavailableError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyStore, "complete_trial", away)
+        with pytest.raises(UnavailableError):
+            study.tell(proposal, measure(proposal.rank_map))
+    study.requeue(proposal)
+    study.close()
+    said: list[str] = []
+    study = open_study(storage, spool=tmp_path, patience=Patience(1, said.append), **LADDER)
+    study.close()
+    assert list(tmp_path.glob("*.json")) == []
+    assert "dropped a result that was kept on disk: trial 0 of study 'tiny' was given back" in said[0]
+    assert states(storage) == [State.REQUEUED]
+
+
+def test_a_spooled_result_of_another_database_is_left_alone(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with elsewhere():
+        other = open_study(f"sqlite:///{tmp_path}/other.db", spool=tmp_path / "spool", **LADDER)
+    proposal = other.ask()
+
+    def away(*_: object, **__: object) -> None:
+        raise UnavailableError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyStore, "complete_trial", away)
+        with pytest.raises(UnavailableError):
+            other.tell(proposal, measure(proposal.rank_map))
+    other.close()
+    study = open_study(storage, spool=tmp_path / "spool", **LADDER)
+    study.ask()
+    study.close()
+    open_study(storage, spool=tmp_path / "spool", **LADDER).close()
+    assert len(list((tmp_path / "spool").glob("*.json"))) == 1
+    assert states(storage) == [State.RUNNING]
+
+
+def test_a_claim_whose_answer_was_lost_is_proposed_again(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "FIRST_PAUSE", 0.01)
+    study = open_study(storage, patience=Patience(600), **LADDER)
+    begin, calls = StudyStore.begin_trial, []
+
+    def lose(store: StudyStore, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:  # before it is stored
+            raise UnavailableError("connection refused")
+        record = begin(store, *arguments, **options)  # type: ignore[arg-type]
+        if len(calls) == 2:  # after it
+            raise UnavailableError("server closed the connection")
+        return record
+
+    monkeypatch.setattr(StudyStore, "begin_trial", lose)
+    proposals = run_trials(study, 5)
+    study.close()
+    assert sorted(p.source for p in proposals[:4]) == sorted(
+        f"{name} {kept}" for kept in (0.8, 0.5) for name in ("closed form", "uniform")
+    )
+    assert sorted(states(storage)) == sorted([State.REQUEUED] + [State.COMPLETE] * 5)
+    assert check_database(storage) == ()

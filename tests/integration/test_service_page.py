@@ -1,0 +1,169 @@
+"""The service's page in a real browser: logged in, watched, exported from, submitted to; by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rank_search.export.rank_map_file import RankMapFile
+from rank_search.study.store import StudyStore
+from tests.contract.synthetic import open_study, run_trials
+from tests.data.service import MEASURED, WANTED, Served, on_port, served
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+CHROMIUM = shutil.which("chromium")
+FILE = 'name = "from-page"\n[model]\nsource = "org/model"\n[search]\ntrials = 3\n'
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Served]:
+    with served(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def address(service: Served) -> Iterator[str]:
+    with on_port(service) as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page on which nothing may go wrong, the content security policy included."""
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    opened = context.new_page()
+    faults: list[str] = []
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("console", lambda told: faults.append(told.text) if told.type == "error" else None)
+    yield opened
+    context.close()
+    # Chromium tells of every refusal; the page shows them to whom they concern.
+    assert [fault for fault in faults if not fault.startswith("Failed to load resource: the server responded")] == []
+
+
+def log_in(page: Page, address: str, token: str) -> None:
+    page.goto(f"{address}/service/")
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Log in").click()
+    page.get_by_role("heading", name="Studies").wait_for()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core finds wrong for people who use a keyboard, a screen reader, or need contrast."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response
+    return [f"{one['id']}: {[node['html'][:120] for node in one['nodes']]}" for one in found["violations"]]
+
+
+def test_the_page_shows_a_front_that_grows_and_exports_its_rank_maps(service: Served, address: str, page: Page) -> None:
+    log_in(page, address, service.read)
+    page.get_by_role("link", name="tiny").click()
+    points = page.locator("#plot a")
+    with StudyStore(service.storage) as store:
+        front = store.front("tiny")
+    points.nth(len(front) - 1).wait_for()
+    assert points.count() == len(front)
+    points.first.hover()
+    page.locator("#point").get_by_text(f"Trial {front[0].trial} ({front[0].source})").wait_for()
+    table = page.locator("#point table")
+    table.wait_for()
+    told = table.inner_text()
+    for group in ("attn", "mlp"):
+        ranks = [rank for name, rank in front[0].rank_map.items() if name.endswith(group)]
+        assert f"{group}\t{min(ranks)} to {max(ranks)}" in told
+    with page.expect_download() as download:
+        points.first.click()
+    file = RankMapFile.model_validate_json(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert file.rank_map == front[0].rank_map
+    study = open_study(service.storage, ladder=[0.9, 0.5], sampler="random", trials=WANTED)
+    run_trials(study, 2)
+    study.close()
+    page.get_by_text(f"{MEASURED + 2} of {WANTED} trials").wait_for()
+    page.get_by_role("cell", name=f"{MEASURED + 1}", exact=True).first.wait_for()
+    assert page.get_by_role("button", name="Pause").count() == 0  # of one who may only read
+    with StudyStore(service.storage) as store:
+        points.nth(len(store.front("tiny")) - 1).wait_for()
+
+
+def test_a_study_is_submitted_and_steered_on_the_page(service: Served, address: str, page: Page) -> None:
+    log_in(page, address, service.write)
+    page.get_by_label("Study file (TOML)").fill('name = "../x"')
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("alert").get_by_text("name: String should match pattern").wait_for()
+    page.get_by_label("Study file (TOML)").fill(FILE)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("heading", name="from-page").wait_for()
+    page.locator("#progress").get_by_text("submitted. 0 of 3 trials").wait_for()
+    page.get_by_role("button", name="Pause").click()
+    page.locator("#progress").get_by_text("paused").wait_for()
+    page.get_by_role("button", name="Resume").click()
+    page.locator("#progress").get_by_text("submitted").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#progress").get_by_text("stopped").wait_for()
+    page.get_by_role("link", name="All studies").click()
+    page.get_by_role("link", name="from-page").wait_for()
+    page.get_by_role("button", name="Log out").click()
+    page.get_by_label("Token").wait_for()
+    assert page.context.cookies() == []
+
+
+def test_the_keyboard_reaches_points_and_asks_for_their_checkpoints(service: Served, address: str, page: Page) -> None:
+    log_in(page, address, service.write)
+    page.goto(f"{address}/service/#/tiny")
+    page.locator("#plot a").first.wait_for()
+    page.get_by_role("button", name="Stop").focus()
+    page.keyboard.press("Tab")
+    page.locator("#point").get_by_text("of the target layers kept").wait_for()
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").endswith("downloads its rank map")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["schema_version"] == 1
+    page.get_by_role("button", name="Write its checkpoint").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("cell", name="1 (apply)").wait_for()
+
+
+def test_nothing_on_the_page_is_in_anyones_way(service: Served, address: str, page: Page) -> None:
+    page.goto(f"{address}/service/")
+    page.get_by_label("Token").wait_for()
+    assert violations(page) == []
+    log_in(page, address, service.write)
+    page.get_by_role("link", name="tiny").wait_for()
+    assert violations(page) == []
+    page.get_by_role("link", name="tiny").click()
+    page.locator("#plot a").first.hover()
+    page.locator("#point table").wait_for()
+    assert violations(page) == []
+    page.emulate_media(color_scheme="dark")
+    assert violations(page) == []
+
+
+def test_the_dashboard_opens_behind_the_same_login(service: Served, address: str, page: Page) -> None:
+    page.goto(f"{address}/dashboard")
+    page.get_by_label("Token").wait_for()  # sent to the page first
+    log_in(page, address, service.read)
+    page.get_by_role("link", name="tiny").click()
+    page.get_by_role("link", name="Open in the dashboard").click()
+    page.get_by_text("tiny").first.wait_for()
+    assert page.url.startswith(f"{address}/dashboard/studies/1")

@@ -1,0 +1,132 @@
+"""Fitted multipliers find what a closed form is off by; their sampler fills the front's gaps with what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rank_search.allocation import Allocator, Floats
+from rank_search.errors import StudyFileError
+from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.study.fitting import LEAST, fitted_multipliers
+from rank_search.study.samplers import check_sampler
+from rank_search.study.space import MultiplierSpace
+from rank_search.study.study import Study
+from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure
+
+GROUPS = {"attn": (96, 96), "mlp": (96, 192)}
+Loss = Callable[[RankMap], float]
+
+
+def off_by(allocator: Allocator, factors: dict[str, float]) -> Loss:
+    """A loss whose rise is the predicted one, times a factor for every layer type, under a root."""
+    by_layer = np.array([factors[shape.group] for shape in allocator.space.shapes])
+    return lambda rank_map: 3.0 + float(np.sqrt(by_layer @ allocator.rises(rank_map)))
+
+
+def fitted(allocator: Allocator, loss: Loss, *, trials: int = 40) -> dict[str, float]:
+    """What is fitted to the losses of rank maps near the closed form."""
+    space, random = MultiplierSpace(make_spec().search, allocator), np.random.default_rng(0)
+    names = [shape.name for shape in allocator.space.shapes]
+    terms = np.array(list(space.terms.values()))
+    rank_maps = [
+        allocator.closed_form(kept, dict(zip(names, random.normal(0, 0.1, len(terms)) @ terms, strict=True)))
+        for kept in random.uniform(0.3, 0.95, trials)
+    ]
+    kept = np.array([allocator.space.kept_of_targets(rank_map) for rank_map in rank_maps])
+    rises, closed = (
+        np.array([allocator.rises(m) for m in maps])
+        for maps in (rank_maps, [allocator.closed_form(fraction) for fraction in kept])
+    )
+    found: Floats = fitted_multipliers(terms, rises, closed, kept, np.array([loss(m) for m in rank_maps]))
+    return dict(zip(space.terms, found.tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def allocator() -> Allocator:
+    shapes = tuple(LayerShape(f"{depth}.{g}", *GROUPS[g], g, depth) for depth in range(6) for g in GROUPS)
+    random, tails = np.random.default_rng(0), {}
+    for shape in shapes:
+        energies = np.exp(-np.arange(96) / random.uniform(15, 60)) * random.uniform(0.2, 2) * 1e-2
+        tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+    return Allocator(RankSpace(shapes, sum(shape.dense_params for shape in shapes) + 10_000), tails)
+
+
+def test_rises_of_layers_sum_to_the_predicted_rise(allocator: Allocator) -> None:
+    for rank_map in (allocator.closed_form(0.5), allocator.uniform(0.7), RankMap()):
+        assert allocator.rises(rank_map).sum() == pytest.approx(allocator.predicted_rise(rank_map))
+    frozen = make_allocator(multiple=3)
+    odd = RankMap({frozen.space.shapes[0].name: 2})  # not allowed: counts as the next one
+    assert frozen.rises(odd).sum() == frozen.predicted_rise(odd) > 0
+
+
+def test_a_right_closed_form_is_left_alone(allocator: Allocator) -> None:
+    found = fitted(allocator, off_by(allocator, {"attn": 1.0, "mlp": 1.0}))
+    assert abs(found["u.attn"] - found["u.mlp"]) < 0.25
+    assert max(map(abs, found.values())) < 0.25
+
+
+@pytest.mark.parametrize("more", [2.5, 0.4])
+def test_what_the_closed_form_is_off_by_is_found(allocator: Allocator, more: float) -> None:
+    found = fitted(allocator, off_by(allocator, {"attn": more, "mlp": 1.0}))
+    assert (found["u.attn"] - found["u.mlp"]) * np.sign(np.log(more)) > 0.3
+
+
+def test_nothing_is_fitted_to_few_losses(allocator: Allocator) -> None:
+    loss = off_by(allocator, {"attn": 3.0, "mlp": 1.0})
+    assert not any(fitted(allocator, loss, trials=LEAST - 1).values())
+    assert any(fitted(allocator, loss, trials=LEAST).values())
+
+
+def open_fitted(storage: str, allocator: Allocator, **search: object) -> Study:
+    spec = make_spec(**{"sampler": "fitted", "seeds": ["closed-form"], **search})
+    return Study.open(spec, storage, allocator, make_facts(allocator))
+
+
+def run(study: Study, allocator: Allocator, loss: Loss, count: int) -> list[RankMap]:
+    measured = []
+    for _ in range(count):
+        proposal = study.ask()
+        study.tell(proposal, measure(proposal.rank_map, loss(proposal.rank_map), allocator=allocator))
+        measured.append(proposal.rank_map)
+    return measured
+
+
+def test_a_study_repeats_itself_and_no_rank_map(tmp_path: Path, allocator: Allocator) -> None:
+    loss = off_by(allocator, {"attn": 2.0, "mlp": 1.0})
+    sequences = []
+    for name, seed, pause in (("a", 1, False), ("b", 1, True), ("c", 2, False)):
+        study = open_fitted(f"sqlite:///{tmp_path}/{name}.db", allocator, seed=seed)
+        measured = run(study, allocator, loss, 8)
+        if pause:  # a resumed study goes on as if it had not stopped
+            study.close()
+            study = open_fitted(f"sqlite:///{tmp_path}/{name}.db", allocator, seed=seed)
+        sequences.append(measured + run(study, allocator, loss, 4))
+        study.close()
+    assert sequences[0] == sequences[1] != sequences[2]
+    assert len(set(sequences[0])) == 12
+
+
+def test_running_trials_fill_gaps(tmp_path: Path, allocator: Allocator) -> None:
+    study = open_fitted(f"sqlite:///{tmp_path}/s.db", allocator)
+    run(study, allocator, off_by(allocator, {"attn": 1.0, "mlp": 1.0}), 8)
+    asked = [allocator.space.kept_of_targets(study.ask().rank_map) for _ in range(16)]
+    study.close()
+    assert len(set(asked)) == 16
+    assert np.diff(sorted(asked)).max() < 0.25
+
+
+def test_the_range_of_interest_is_kept_to(tmp_path: Path, allocator: Allocator) -> None:
+    study = open_fitted(f"sqlite:///{tmp_path}/s.db", allocator, interest=[0.5, 0.6])
+    run(study, allocator, off_by(allocator, {"attn": 1.0, "mlp": 1.0}), 4)
+    kept = [allocator.space.kept_of_targets(study.ask().rank_map) for _ in range(10)]
+    study.close()
+    assert sum(0.48 <= fraction <= 0.6 for fraction in kept) >= 8
+
+
+def test_rank_maps_have_no_multipliers_to_fit() -> None:
+    with pytest.raises(StudyFileError, match=r"'fitted' fits multipliers.*take space = 'multipliers'"):
+        check_sampler(make_spec(sampler="fitted", space="direct").search)
