@@ -29,7 +29,7 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
 from rank_search.task import Examples
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
 
 
 @dataclass(frozen=True)
@@ -186,19 +186,20 @@ def _nested_banks(
 
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
-        finetune = spec.finetune.at((low + high) / 2, space.storage)
+        drawn = trained_range(ranges[number])
+        finetune = spec.finetune.at(sum(drawn) / 2, space.storage)
 
         def build() -> dict[str, Factors]:
             progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")
             return nested_finetune(
-                loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, (low, high)),
+                loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, drawn),
                 examples, finetune, seed=spec.search.seed, progress=progress,
             )  # fmt: skip
 
         told = {
             "finetune": finetune.model_dump(exclude={"steps", "tokens", "nested_ranges"}),
             "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
-            "range": (low, high),
+            "range": drawn,
             "train": splits.train_digest,
             **({"frozen": space.frozen} if space.frozen else {}),  # rank maps of the steps leave these as they are
         }

@@ -37,6 +37,11 @@ class Variant:
     allocation: Allocation
     storage: Storage
 
+    @property
+    def is_own(self) -> bool:
+        """The package's own, which looks at a compressed model too; published methods see the dense one alone."""
+        return self.method == "kfac"
+
 
 VARIANTS = (
     *(Variant(m.name, m.factors, m.allocation, "two-factor") for m in METHODS.values()),
@@ -108,11 +113,11 @@ class Seeded:
             built=True, times=PrepareTimes(0, 0, 0, 0, 0, 0),
         )  # fmt: skip
 
-    def factors(self, method: Method) -> dict[str, Factors]:
+    def factors(self, method: Method, *, own: bool) -> dict[str, Factors]:
         """All components of every matrix, on the device: they serve both storage forms."""
         base = self._base
         spec = self.spec.factors.model_copy(update={"method": method})
-        if method == "kfac":  # the project's own
+        if own:
             task, splits = base.loaded.task, self.splits
             made = build_factors(
                 base.loaded.model, base.targets, Examples.of(task, splits.calibration.columns), spec,

@@ -1,10 +1,10 @@
-"""How fast the short fine-tune's steps are: recorded and replayed, and run one by one.
+"""How fast the short fine-tune's steps are: as they come, recorded and replayed, and compiled as well.
 
     python scripts/bench_finetune.py STUDY.toml [--steps 60] [--kept 0.8 0.6] [--json FILE]
 
 Every row trains the closed form's factors twice: a few steps, and ``--steps`` more. The time of a step is that of the
-difference, so that the recording, which happens once a trial, stands in a column of its own. Both ways end at the same
-training loss.
+difference, so that the recording, which happens once a trial, stands in a column of its own, and so does the first
+compilation of the process. All ways end at about the same training loss.
 """
 
 from __future__ import annotations
@@ -37,35 +37,41 @@ def main() -> None:
     prepared = prepare(load_study_file(args.study), nested=False)
     rows = []
     for kept in args.kept or prepared.spec.search.ladder:
-        for capture in (False, True) if prepared.device.type == "cuda" else (False,):
-            rows.append(_row(prepared, kept, args.steps, capture=capture))
+        on_gpu = prepared.device.type == "cuda"
+        for compiled, capture in ((False, False), (False, True), (True, True)) if on_gpu else ((False, False),):
+            rows.append(_row(prepared, kept, args.steps, compiled=compiled, capture=capture))
     print_table(rows)
     write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
-def _row(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> dict[str, object]:
+def _row(prepared: Prepared, kept: float, steps: int, *, compiled: bool, capture: bool) -> dict[str, object]:
     if prepared.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _train(prepared, kept, FEW, capture=capture)  # libraries load their kernels in the first steps of a process
-    few, _ = _train(prepared, kept, FEW, capture=capture)
-    many, result = _train(prepared, kept, FEW + steps, capture=capture)
+    first, _ = _train(prepared, kept, FEW, compiled=compiled, capture=capture)
+    few, _ = _train(prepared, kept, FEW, compiled=compiled, capture=capture)
+    many, result = _train(prepared, kept, FEW + steps, compiled=compiled, capture=capture)
     spec = prepared.spec
     tokens = spec.finetune.batch_blocks * spec.data.sequence_length
     return {
         "kept_of_targets": kept,
         "storage": spec.targets.storage,
         "recorded": capture,
+        "compiled": compiled,
         "tokens_in_a_step": tokens,
         "step_milliseconds": round(1000 * (many - few) / steps, 2),
         "tokens_per_second": round(tokens * steps / (many - few)),
         "first_steps_seconds": round(few, 3),
+        "first_steps_of_the_process_seconds": round(first, 3),
         "last_loss": result.losses[-1],
         "peak_memory_mib": peak_memory(prepared.device) // 2**20,
     }
 
 
-def _train(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> tuple[float, FinetuneResult]:
-    spec = prepared.spec.finetune.model_copy(update={"steps": steps, "tokens": None})
+def _train(
+    prepared: Prepared, kept: float, steps: int, *, compiled: bool, capture: bool
+) -> tuple[float, FinetuneResult]:
+    update = {"mode": "own", "steps": steps, "tokens": None, "compiled": compiled}
+    spec = prepared.spec.finetune.model_copy(update=update)
     spec = spec.at(kept, prepared.space.storage)
     examples = Examples.of(prepared.loaded.task, prepared.splits.train.columns).to(prepared.device)
     factors = prepared.bank.on(prepared.device)
@@ -73,8 +79,9 @@ def _train(prepared: Prepared, kept: float, steps: int, *, capture: bool) -> tup
         synchronize(prepared.device)
         started = time.perf_counter()
         result = finetune(
-            prepared.model, list(layers.values()), examples, spec, seed=prepared.spec.search.seed, capture=capture
-        )
+            prepared.model, list(layers.values()), examples, spec,
+            seed=prepared.spec.search.seed, targets=prepared.targets, capture=capture,
+        )  # fmt: skip
         synchronize(prepared.device)
         return time.perf_counter() - started, result
 

@@ -56,9 +56,9 @@ def main() -> None:
         seeded = Seeded(base, seed)
         if "dense" in args.methods:
             _measure_dense(base, seeded, seed, file)
-        for method in dict.fromkeys(variant.factors for variant in variants):
+        for kind in dict.fromkeys((variant.factors, variant.is_own) for variant in variants):
             _measure_method(
-                [v for v in variants if v.factors == method], kept_fractions, base, seeded, seed, file, args
+                [v for v in variants if (v.factors, v.is_own) == kind], kept_fractions, base, seeded, seed, file, args
             )
     report(file.rows, [file.environment], args.json, args.plot)
 
@@ -88,7 +88,7 @@ def _measure_method(
         ]
         if not wanted:
             continue
-        factors = seeded.factors(v.factors) if factors is None else factors
+        factors = seeded.factors(v.factors, own=v.is_own) if factors is None else factors
         if v.storage not in rules:
             made = seeded.prepared(v.factors, factors, v.storage)
             rules[v.storage] = (

@@ -29,18 +29,19 @@ from rank_search.allocation import Allocator
 from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.bank import tails
-from rank_search.factors.build import anchored, factors_of
+from rank_search.factors.build import build_factors, factors_of
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.device import autocast, deterministic
 from rank_search.preparing import Prepared, prepare
 from rank_search.score import score
-from rank_search.spec import load_study_file
+from rank_search.spec import FactorSpec, load_study_file
 from rank_search.task import Examples
 
 Seen = Callable[[str, Tensor, Tensor], None]
 """Takes a layer's name, its inputs and the gradients at its outputs, both (sequences, tokens, d)."""
 ANCHORS = (0.9, 0.8, 0.6, 0.4)
+SLOPE_POWERS = (0.35, 0.5, 0.7, 1.0)
 POWERS = (-1.0, 1.0, 2.0)
 
 
@@ -63,6 +64,14 @@ class Bench:
         """All components that the study's storage form pays for."""
         p = self.prepared
         return factors_of(p.targets, statistics.__getitem__, p.spec.factors, p.space.storage)
+
+    def built(self, spec: FactorSpec) -> dict[str, Factors]:
+        """What the package itself builds."""
+        p = self.prepared
+        recalibration = Examples.of(p.loaded.task, p.splits.recalibration.columns)
+        return build_factors(
+            p.model, p.targets, self.calibration, spec, p.space, recalibration=recalibration, batch_blocks=self.batch
+        )
 
     def watch(self, seen: Seen, seed: int = 0) -> None:
         """A pass over the calibration with labels sampled from the model."""
@@ -195,14 +204,9 @@ def ways(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[Mapping[str, Fa
     yield "sequences", lambda: (bench.factors(of_sequences(bench, plain)), None)
     yield "components", lambda: (by_components(bench, bench.factors(plain)), None)
     yield "mean of the lost part", lambda: (bench.factors(plain), means_of_inputs(bench))
-    for kept in ANCHORS:
-        spec = p.spec.factors.model_copy(update={"anchor": kept})
-        yield (
-            f"anchor {kept:g}",
-            lambda spec=spec: (
-                bench.factors(anchored(p.targets, dict(plain), spec, p.space, bench.statistics)), None
-            ),
-        )  # fmt: skip
+    for kept, power in (*((kept, 0.0) for kept in ANCHORS), *((0.8, power) for power in SLOPE_POWERS)):
+        spec = p.spec.factors.model_copy(update={"anchor": kept, "slope_power": power})
+        yield f"anchor {kept:g}, slopes {power:g}", lambda spec=spec: (bench.built(spec), None)
 
 
 def main() -> None:

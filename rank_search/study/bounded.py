@@ -12,10 +12,11 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-NEWEST = 200
+NEWEST = 600
 """So many of the newest finished trials are shown to samplers, ..."""
-BEST = 200
-"""... and so many from the first fronts."""
+BEST = 400
+"""... and so many from the first fronts. With 200 of each, TPE's hypervolume after 700 trials was 0.3 to 0.6 % less
+than with all."""
 
 T = TypeVar("T")
 _UNFINISHED = frozenset({TrialState.RUNNING, TrialState.WAITING})

@@ -26,12 +26,24 @@ from rank_search.spec import PLAIN_RATE, FinetuneSpec, SearchSpec
 from rank_search.task import Examples
 from rank_search.train.finetune import Group, fused_if_worth_it, rank_scale, train_steps
 
+LIFT = 0.25
+"""Of its width, by how much a range is trained above where it serves: within a range the small kept fractions fare
+better than the large ones, whose last factors take part in few steps."""
+
 
 def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
-    """Ranges of kept fractions of equal width, ascending; none reaches below ``least``, that of the smallest ranks."""
+    """Ranges of kept fractions, ascending, each as many times larger than the one before; none reaches below
+    ``least``, that of the smallest ranks."""
     low = max(search.min_kept, least)
-    ends = np.linspace(low, max(search.max_kept, low), count + 1).tolist()
+    ends = np.geomspace(low, max(search.max_kept, low), count + 1).tolist()
     return list(pairwise(ends))
+
+
+def trained_range(served: tuple[float, float]) -> tuple[float, float]:
+    """The kept fractions that the fine-tune of a range draws its rank maps from."""
+    low, high = served
+    lift = LIFT * (high - low)
+    return min(low + lift, 1.0), min(high + lift, 1.0)
 
 
 def sampled_rank_maps(

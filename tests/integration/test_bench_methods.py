@@ -85,9 +85,9 @@ def test_published_allocations_seed_a_study_once(
     given: list[int] = []
     plain = Study.open
 
-    def spied(*arguments: Any) -> Study:
+    def spied(*arguments: Any, **named: Any) -> Study:
         given.append(len(arguments[4]))
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(Study, "open", spied)
     api.run(file, trials=7)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import rank_search as rs
+from rank_search.compress.nested_linear import NestedLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
-from rank_search.compress.nested_linear import NestedLinear
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 
@@ -115,13 +115,19 @@ def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
 def test_ranges_meet_and_cover_what_the_study_proposes() -> None:
     search = SearchSpec(min_kept=0.3, max_kept=0.9)
     ranges = kept_ranges(search, 3, least=0.1)
-    assert ranges == [pytest.approx((0.3, 0.5)), pytest.approx((0.5, 0.7)), pytest.approx((0.7, 0.9))]
-    assert kept_ranges(search, 2, least=0.5)[0] == pytest.approx((0.5, 0.7))
+    assert (ranges[0][0], ranges[-1][1]) == (pytest.approx(0.3), pytest.approx(0.9))
+    assert [high / low for low, high in ranges] == [pytest.approx(3 ** (1 / 3))] * 3
+    assert kept_ranges(search, 2, least=0.5)[0] == pytest.approx((0.5, 0.45**0.5))
+
+
+def test_a_range_is_trained_above_where_it_serves() -> None:
+    assert trained_range((0.3, 0.5)) == pytest.approx((0.35, 0.55))
+    assert trained_range((0.8, 0.99)) == pytest.approx((0.8475, 1.0))
 
 
 def test_a_trial_slices_the_bank_of_its_range(prepared: Prepared) -> None:
     low, high = prepared.trial_banks.banks
-    middle = (prepared.spec.search.min_kept + prepared.spec.search.max_kept) / 2
+    middle = (prepared.spec.search.min_kept * prepared.spec.search.max_kept) ** 0.5
     assert prepared.trial_banks.at(middle - 0.01) is low
     assert prepared.trial_banks.at(middle + 0.01) is high
     assert prepared.trial_banks.at(1.0) is high
