@@ -25,6 +25,14 @@ class Progress:
     def say(self, message: str) -> None:
         """One line that stays."""
 
+    def seconds_left(self) -> float | None:
+        """Seconds until this process has to end, where it was asked to; None: it was not."""
+        return None
+
+
+class Preempted(KeyboardInterrupt):
+    """The process was asked to stop. The trial under way, if any, is given back as it passes through."""
+
 
 class _SilentStep:
     def advance(self, amount: int = 1, note: str = "") -> None:

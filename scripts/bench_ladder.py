@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from _bench import evaluator_with, print_table, text_examples, write_report
@@ -32,7 +33,8 @@ def main() -> None:
     second = None if args.second_text is None else _blocks(prepared, args.second_text)
     rows = [_row(*variant, prepared, second) for variant in _variants(prepared)]
     print_table(rows)
-    write_report(args.json, prepared.device, prepared.spec.name, rows)
+    times = {step: round(seconds, 3) for step, seconds in asdict(prepared.times).items()}
+    write_report(args.json, prepared.device, prepared.spec.name, rows, prepare_seconds=times)
 
 
 def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, FinetuneSpec]]:

@@ -11,24 +11,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-from rank_search.progress import Progress, Step
+from rank_search.progress import Preempted, Progress, Step
 
 SUPERVISOR_VARIABLE = "RANK_SEARCH_SUPERVISOR"
 """Process id of a worker's supervisor, without which it must not live on."""
 
-_OF_A_TRIAL = frozenset({"fine-tune", "scoring"})
+_OF_A_TRIAL = frozenset({"fine-tune", "nested fine-tune", "scoring"})
 _PR_SET_PDEATHSIG = 1
-
-
-class Preempted(KeyboardInterrupt):
-    """The worker was asked to stop. The trial under way, if any, is given back as it passes through."""
 
 
 class Stopping:
     """Answers SIGTERM and SIGINT while it is entered; usable in the main thread only.
 
-    The first signal lets the trial under way end within ``grace`` seconds, and stops at once where there is none.
-    The second one stops at once in any case.
+    The first signal lets the trial under way end within ``grace`` seconds, and stops at once where there is none. A
+    fine-tune that cannot end in time writes a checkpoint and stops by itself. The second one stops at once in any case.
     """
 
     def __init__(self, grace: float) -> None:
@@ -64,6 +60,10 @@ class Stopping:
         """A trial is under way, and from now on there is always one."""
         self._measuring = True
 
+    def seconds_left(self) -> float | None:
+        """Of the grace time; None before the first signal."""
+        return signal.getitimer(signal.ITIMER_REAL)[0] if self._asked else None
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked or not self._measuring or self._grace <= 0:
             self._asked = True
@@ -89,6 +89,9 @@ class _Watching(Progress):
 
     def say(self, message: str) -> None:
         self._shown.say(message)
+
+    def seconds_left(self) -> float | None:
+        return self._stopping.seconds_left()
 
 
 def end_with_supervisor() -> None:

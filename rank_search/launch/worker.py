@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from rank_search import api
 from rank_search.errors import RankSearchError
 from rank_search.launch import exits
-from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
-from rank_search.progress import SILENT, Progress, Step
+from rank_search.launch.stopping import Stopping, end_with_supervisor
+from rank_search.progress import SILENT, Preempted, Progress, Step
 from rank_search.spec import StudyFile, load_study_file
 
 QUIET = {
