@@ -8,7 +8,9 @@ one-hot) is written down in the logits' own type at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ from torch import Tensor
 
 _PIECE = 1 << 24
 """Logits in a piece: 64 MiB in float32, which the caches of a large GPU hold."""
+
+
+_COMPILES: ContextVar[bool] = ContextVar("compiles", default=False)
+
+
+@contextmanager
+def compiled_pieces() -> Iterator[None]:
+    """Inside the block, pieces on a GPU are worked on by compiled code: two kernels instead of eight."""
+    token = _COMPILES.set(True)
+    try:
+        yield
+    finally:
+        _COMPILES.reset(token)
 
 
 def mean_cross_entropy(
@@ -39,7 +54,9 @@ class _MeanCrossEntropy(torch.autograd.Function):
         labels = labels.where(counted, 0)
         total = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        piece = _compiled(_piece) if logits.is_cuda else _piece
+        # The backward pass runs in a thread that knows nothing of this one's context.
+        ctx.compiles = _COMPILES.get() and logits.is_cuda
+        piece = _compiled(_piece) if ctx.compiles else _piece
         # Under autocast its functions would choose their own types.
         with torch.autocast(logits.device.type, enabled=False):
             for start in range(0, len(logits), rows := _rows(logits)):
@@ -52,7 +69,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        scaled = _compiled(_scaled) if gradient.is_cuda else _scaled
+        scaled = _compiled(_scaled) if ctx.compiles else _scaled
         return scaled(gradient, outer[0]), None, None
 
 

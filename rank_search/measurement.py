@@ -55,6 +55,7 @@ class Measurement:
             comparisons on the same blocks, and empty where there are folds.
         train_losses: of every step of the trial's own fine-tune, nats per prediction, of folds their mean; kept apart
             likewise, and empty where there is none.
+        parts: in so many every batch had to be cut, of the fine-tune or of scoring, because memory ran out; 1: in none.
     """
 
     loss: float
@@ -73,6 +74,7 @@ class Measurement:
     fold_losses: tuple[float, ...] = ()
     block_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
     train_losses: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.loss):

@@ -29,6 +29,8 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
 from rank_search.task import Examples
+from rank_search.train.checkpoints import Checkpoints
+from rank_search.train.memory import in_halves_if_needed
 from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
 
 
@@ -113,6 +115,7 @@ def prepare(
     space = rank_space(loaded.model, targets, spec.targets)
     check(space, loaded.weights_digest)
     check_length(spec.data.sequence_length, loaded.max_length)
+    Checkpoints.in_folder(study.work_dir, spec.run).remove_stale()
     loaded_at = time.perf_counter()
     splits = maker_for(loaded).splits(spec.data, study.folder, study.work_dir, progress, spec.validation.folds)
     blocks_at = time.perf_counter()
@@ -183,6 +186,7 @@ def _nested_banks(
     ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, least)
     examples = Examples.of(loaded.task, splits.train.columns)
     factors = {target.name: bank[target.name] for target in targets}
+    checkpoints = Checkpoints.in_folder(study.work_dir, spec.run)
 
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
@@ -191,9 +195,13 @@ def _nested_banks(
 
         def build() -> dict[str, Factors]:
             progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")
-            return nested_finetune(
-                loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, drawn),
-                examples, finetune, seed=spec.search.seed, progress=progress,
+            return in_halves_if_needed(
+                lambda parts: nested_finetune(
+                    loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, drawn),
+                    examples, finetune, seed=spec.search.seed, progress=progress, parts=parts, checkpoint=checkpoint,
+                ),
+                finetune.batch_blocks,
+                lambda: progress.say("out of memory in the nested fine-tune; once more with every batch in two parts"),
             )  # fmt: skip
 
         told = {
@@ -204,9 +212,12 @@ def _nested_banks(
             **({"frozen": space.frozen} if space.frozen else {}),  # rank maps of the steps leave these as they are
         }
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        return open_or_build(
-            study.work_dir, dataclasses.replace(bank.key, tuned=tuned), build, bank.made, on_wait, turn
-        )
+        key = dataclasses.replace(bank.key, tuned=tuned)
+        checkpoint = checkpoints.of(bank=key.digest)
+        tuned_bank = open_or_build(study.work_dir, key, build, bank.made, on_wait, turn)
+        if checkpoint is not None:
+            checkpoint.remove()
+        return tuned_bank
 
     def leave() -> None:
         raise _TakenByAnotherError

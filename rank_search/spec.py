@@ -260,6 +260,9 @@ class RunSpec(Table):
     """How long a worker may be silent before its trial is proposed again; it gives a sign three times as often."""
     database_patience_seconds: Annotated[float, Field(ge=0, le=864000)] = 1800.0
     """How long a worker waits for a database that is away, or full, before it ends with exit code 75."""
+    checkpoint_seconds: Annotated[float, Field(ge=0, le=864000)] = 60.0
+    """How often a fine-tune that takes longer keeps its state in the working folder, for whoever has to go on with it;
+    writing takes a twentieth of the time at most. 0: never."""
 
 
 class StudySpec(Table):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -26,7 +26,9 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.score import Score, score
 from rank_search.task import Examples
-from rank_search.train.finetune import finetune
+from rank_search.train.checkpoints import Checkpoint, Checkpoints
+from rank_search.train.finetune import FinetuneResult, finetune
+from rank_search.train.memory import in_halves_if_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class _Seconds(NamedTuple):
     swap: float
     finetune: float
     score: float
+
+
+_HALVED = "out of memory in {}; once more with every batch in two parts"
 
 
 class _Round(NamedTuple):
@@ -63,6 +68,8 @@ class Evaluator:
         self._train = Examples.of(task, splits.train.columns).to(self._device)
         self._validation = Examples.of(task, splits.validation.columns).to(self._device)
         self._held_out = splits.held_out
+        self._checkpoints = Checkpoints.in_folder(prepared.study.work_dir, prepared.spec.run)
+        self._parts = 1
         self._top = Fidelity.from_label(self._spec.highest_fidelity)
 
     @cached_property
@@ -104,7 +111,7 @@ class Evaluator:
         """Score slices of the bank, as they are, on ever more blocks."""
         if not rungs:
             return
-        self._reset_peak_memory()
+        self._reset_memory()
         started = time.perf_counter()
         factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
         with compressed(self._prepared.targets, factors, rank_map):
@@ -135,8 +142,8 @@ class Evaluator:
             NonFiniteLossError: the training or the validation loss is NaN or infinite.
         """
         self._prepared.space.validate(rank_map)
-        self._reset_peak_memory()
-        rounds = [self._round(rank_map, *examples, progress) for examples in self._rounds()]
+        self._reset_memory()
+        rounds = [self._round(rank_map, number, *each, progress) for number, each in enumerate(self._rounds())]
         seconds = _Seconds(*map(sum, zip(*(each.seconds for each in rounds), strict=True)))
         train_losses = tuple(map(fmean, zip(*(each.train_losses for each in rounds), strict=True)))
         return self._measurement(
@@ -151,9 +158,31 @@ class Evaluator:
         for rows in self._held_out:
             yield self._train[torch.cat([every[: rows.start], every[rows.stop :]])], self._train[rows]
 
-    def _round(self, rank_map: RankMap, train: Examples, validation: Examples, progress: Progress) -> _Round:
+    def forget(self, rank_map: RankMap) -> None:
+        """Remove what was kept of fine-tunes of ``rank_map``: its measurement is stored, or is not wanted any more."""
+        for number, _ in enumerate(self._rounds()):
+            if (checkpoint := self._checkpoint(rank_map, number)) is not None:
+                checkpoint.remove()
+
+    def _checkpoint(self, rank_map: RankMap, number: int) -> Checkpoint | None:
+        """Of the fine-tune of a round."""
+        spec, splits = self._spec, self._prepared.splits
+        kept = self._prepared.space.kept_of_targets(rank_map)
+        return self._checkpoints.of(
+            study=spec.name,
+            rank_map=rank_map.digest,
+            finetune=spec.finetune.model_dump(mode="json"),
+            seed=spec.search.seed,
+            bank=self._prepared.trial_banks.at(kept).key.digest,
+            train=splits.train_digest,
+            fold=[number, len(self._held_out)],
+        )
+
+    def _round(
+        self, rank_map: RankMap, number: int, train: Examples, validation: Examples, progress: Progress
+    ) -> _Round:
         started = time.perf_counter()
-        with self._applied(rank_map, train, progress) as applied:
+        with self._applied(rank_map, number, train, progress) as applied:
             synchronize(self._device)
             tuned = time.perf_counter()
             result = self._score(validation, progress)
@@ -165,26 +194,56 @@ class Evaluator:
 
     def applied(self, rank_map: RankMap, progress: Progress = SILENT) -> AbstractContextManager[Applied]:
         """The model under ``rank_map``, fine-tuned on all training examples, inside the block; dense after it."""
-        return self._applied(rank_map, self._train, progress)
+        return self._applied(rank_map, None, self._train, progress)
 
     @contextmanager
-    def _applied(self, rank_map: RankMap, train: Examples, progress: Progress) -> Iterator[Applied]:
-        kept = self._prepared.space.kept_of_targets(rank_map)
-        started = time.perf_counter()
-        factors = self._factors_at(kept)
-        with self._kept_if_trained(), compressed(self._prepared.targets, factors, rank_map) as layers:
-            synchronize(self._device)
-            swap_seconds = time.perf_counter() - started
-            tuned = finetune(
-                self._prepared.model,
-                list(layers.values()),
-                train,
-                self._spec.finetune.at(kept, self._prepared.space.storage),
-                seed=self._spec.search.seed,
-                targets=self._prepared.targets,
-                progress=progress,
+    def _applied(
+        self, rank_map: RankMap, number: int | None, train: Examples, progress: Progress
+    ) -> Iterator[Applied]:  # fmt: skip
+        """The round ``number`` of a trial; None: none, and nothing is kept of it."""
+        checkpoint = None if number is None else self._checkpoint(rank_map, number)
+        with ExitStack() as applied:
+
+            def tune(parts: int) -> Applied:
+                started = time.perf_counter()
+                with ExitStack() as attempt:  # one that fails leaves the model dense for the next
+                    layers = attempt.enter_context(self._compressed(rank_map))
+                    synchronize(self._device)
+                    swap_seconds = time.perf_counter() - started
+                    tuned = self._finetuned(rank_map, layers, train, parts, checkpoint, progress)
+                    applied.push(attempt.pop_all())
+                return Applied(layers, swap_seconds, tuned.losses)
+
+            yield in_halves_if_needed(
+                tune, self._spec.finetune.batch_blocks, lambda: self._halve("the fine-tune", progress)
             )
-            yield Applied(layers, swap_seconds, tuned.losses)
+
+    @contextmanager
+    def _compressed(self, rank_map: RankMap) -> Iterator[dict[str, LowRankLinear]]:
+        factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
+        with self._kept_if_trained(), compressed(self._prepared.targets, factors, rank_map) as layers:
+            yield layers
+
+    def _finetuned(
+        self, rank_map: RankMap, layers: Mapping[str, LowRankLinear], train: Examples, parts: int,
+        checkpoint: Checkpoint | None, progress: Progress,
+    ) -> FinetuneResult:  # fmt: skip
+        space = self._prepared.space
+        return finetune(
+            self._prepared.model,
+            list(layers.values()),
+            train,
+            self._spec.finetune.at(space.kept_of_targets(rank_map), space.storage),
+            seed=self._spec.search.seed,
+            targets=self._prepared.targets,
+            progress=progress,
+            parts=parts,
+            checkpoint=checkpoint,
+        )
+
+    def _halve(self, where: str, progress: Progress) -> None:
+        self._parts = 2
+        progress.say(_HALVED.format(where))
 
     def _factors_at(self, kept: float) -> Mapping[str, Factors]:
         """What a rank map of this kept fraction slices."""
@@ -202,14 +261,19 @@ class Evaluator:
 
     def _score(self, examples: Examples, progress: Progress, *, metrics: bool = True) -> Score:
         names, loaded = self._spec.validation.metrics if metrics else (), self._prepared.loaded
-        with aligned(loaded.model):
+        blocks = self._spec.run.score_batch_blocks
+
+        def attempt(parts: int) -> Score:
             return score(
                 loaded.model,
                 examples,
-                batch_blocks=self._spec.run.score_batch_blocks,
+                batch_blocks=-(-blocks // parts),
                 observer=Metrics(names, loaded.task, loaded.tokenizer) if names else None,
                 progress=progress,
             )
+
+        with aligned(loaded.model):
+            return in_halves_if_needed(attempt, blocks, lambda: self._halve("scoring", progress))
 
     def _measurement(
         self, rank_map: RankMap, result: Score, seconds: _Seconds, fidelity: Fidelity,
@@ -233,6 +297,7 @@ class Evaluator:
             fold_losses=result.fold_losses,
             block_losses=result.block_losses,
             train_losses=train_losses,
+            parts=self._parts,
         )
 
     @contextmanager
@@ -250,7 +315,8 @@ class Evaluator:
                 for parameter, copy in zip(parameters, copies, strict=True):
                     parameter.copy_(copy)
 
-    def _reset_peak_memory(self) -> None:
+    def _reset_memory(self) -> None:
+        self._parts = 1
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 

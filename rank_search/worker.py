@@ -25,6 +25,7 @@ from rank_search.stop_rules import StopRules
 from rank_search.study.heeding import Heeding
 from rank_search.study.records import Effort, State
 from rank_search.study.study import Proposal, Study
+from rank_search.train.memory import is_out_of_memory
 from rank_search.trial import Evaluator
 
 SAME_FAILURES = 3
@@ -126,22 +127,29 @@ def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: P
         return Outcome(proposal, None, str(error), State.REQUEUED)
     except (StorageError, OutOfPatienceError):
         raise  # no fault of the trial's: its result is spooled, or it is proposed again when its lease has run out
-    except (RankSearchError, torch.OutOfMemoryError) as error:
-        reason = _reason(error)
-        study.fail(proposal, reason)
-        return Outcome(proposal, None, reason, State.FAILED)
+    except RankSearchError as error:
+        return _failed(study, evaluator, proposal, str(error))
     except Exception as error:
+        if is_out_of_memory(error):
+            return _failed(study, evaluator, proposal, _out_of_memory(error))
         if _is_device_lost(error):
             reason = f"the GPU failed under it ({one_line(error)})"
             study.requeue(proposal, death=reason)
             raise DeviceLostError(f"trial {proposal.number}: {reason}; another process must go on") from None
         # A defect: the trial ends, so that resuming the study does not run into it again, and the traceback is shown.
-        study.fail(proposal, f"{type(error).__name__}: {error}")
+        _failed(study, evaluator, proposal, f"{type(error).__name__}: {error}")
         raise
     except BaseException:
         study.requeue(proposal)
         raise
+    evaluator.forget(proposal.rank_map)
     return outcome
+
+
+def _failed(study: Study, evaluator: Evaluator, proposal: Proposal, reason: str) -> Outcome:
+    study.fail(proposal, reason)
+    evaluator.forget(proposal.rank_map)
+    return Outcome(proposal, None, reason, State.FAILED)
 
 
 def _climb(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Progress) -> Outcome:
@@ -162,7 +170,6 @@ def _is_device_lost(error: Exception) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory; lower finetune.batch_blocks or run.score_batch_blocks"
-    return str(error)
+def _out_of_memory(error: Exception) -> str:
+    which = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    return f"out of {which}; lower finetune.batch_blocks or run.score_batch_blocks"

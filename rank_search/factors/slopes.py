@@ -49,7 +49,6 @@ def measured_slopes(
     chosen = [target for target in targets if target.name in lost]
     with (
         deterministic(device),
-        torch.compiler.set_stance("force_eager"),  # to compile the loss takes longer than all of this
         _gradients_of(chosen),
         progress.step("slopes", len(examples)) as step,
     ):

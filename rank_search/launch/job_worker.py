@@ -19,9 +19,9 @@ from rank_search import api
 from rank_search.errors import CheckpointError, RankSearchError, StorageError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.launch import exits
-from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
+from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.launch.worker import QUIET, LogLines
-from rank_search.progress import SILENT, Progress
+from rank_search.progress import SILENT, Preempted, Progress
 from rank_search.spec import StudyFile
 from rank_search.study.jobs import CLAIM_SECONDS, Job, claim_job, fail_job, finish_job, give_back_job, renew_job
 from rank_search.study.liveness import WorkerId

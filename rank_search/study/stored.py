@@ -75,6 +75,7 @@ def measurement_of(row: MeasuredColumns) -> Measurement:
     values["fidelity"] = Fidelity.from_label(row.fidelity or "")
     values["metrics"] = _json(row.metrics or "{}", "the metrics of a trial")
     values["fold_losses"] = tuple(_json(row.fold_losses or "[]", "the losses of a trial's folds"))
+    values["parts"] = row.parts or 1
     if isinstance(row, MeasurementRow):
         values["block_losses"] = block_losses_of(row.block_losses)
         values["train_losses"] = tuple(_json(row.train_losses or "[]", "the training losses of a trial"))

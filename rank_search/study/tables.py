@@ -92,6 +92,8 @@ class MeasuredColumns:
     """JSON: metric → value; none in trials of versions that had no metrics."""
     fold_losses: Mapped[str | None] = mapped_column(LongText)
     """JSON: the loss of every fold."""
+    parts: Mapped[int | None] = mapped_column(Integer)
+    """None of versions that cut no batches."""
 
 
 class TrialRow(MeasuredColumns, Base):

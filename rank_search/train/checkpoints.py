@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rank_search.model.device import synchronize
 from rank_search.progress import SILENT, Preempted, Progress
+from rank_search.spec import RunSpec
 
 SHARE = 0.05
 """Of the time that writing may take: the next checkpoint waits until the last one has paid for itself."""
@@ -50,6 +51,11 @@ class Checkpoints:
 
     folder: Path
     seconds: float
+
+    @classmethod
+    def in_folder(cls, work_dir: Path, run: RunSpec) -> Checkpoints:
+        """Those of a study's working folder."""
+        return cls(work_dir / "checkpoints", run.checkpoint_seconds)
 
     def of(self, **follows_from: object) -> Checkpoint | None:
         """That of the fine-tune whose steps follow from these values (JSON's); None where none are wanted."""
@@ -222,5 +228,5 @@ def _digest(step: int, state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(str(step).encode())
     for name in sorted(state):
         digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
-        digest.update(state[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(state[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -18,8 +18,9 @@ from rank_search.model.device import autocast, deterministic
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import PLAIN_RATE, FinetuneSpec
-from rank_search.task import Batch, Examples
+from rank_search.task import IGNORED, Batch, Examples, Task
 from rank_search.train.capture import CapturedStep
+from rank_search.train.checkpoints import Checkpoint, Keeping
 from rank_search.train.fused import NO_COPIES, Copies, can_fuse, fused
 
 _NOT_CAPTURED = "the steps of this model cannot be recorded ({}); running them one by one"
@@ -42,13 +43,20 @@ def finetune(
     targets: Sequence[Target] = (),
     progress: Progress = SILENT,
     capture: bool = True,
+    parts: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> FinetuneResult:
     """Train the factors in ``layers`` (or, with ``spec.train = "all"``, every parameter) on ``examples``, in place.
 
     The model stays in evaluation mode: a run this short repairs what truncation broke, and dropout would only blur it.
 
+    Args:
+        parts: in so many the batch of a step goes through the model; they need less memory than the whole of it.
+        checkpoint: where the state is kept now and then; the fine-tune goes on from one that is there. It stays.
+
     Raises:
         NonFiniteLossError: the loss or a gradient became NaN or infinite.
+        Preempted: this process is to end before the fine-tune can; its checkpoint is written.
     """
     steps = spec.steps_for(examples.sequence_length)
     if steps == 0:
@@ -63,7 +71,7 @@ def finetune(
         ):
             losses = train_steps(
                 model, groups, examples, spec, steps, seed=seed, title="fine-tune", progress=progress,
-                capture=capture, copies=copies,
+                capture=capture, copies=copies, parts=parts, checkpoint=checkpoint,
             )  # fmt: skip
     return FinetuneResult(_checked(losses))
 
@@ -112,12 +120,14 @@ def train_steps(
     before_step: Callable[[int], object] = lambda _index: None,
     capture: bool = True,
     copies: Copies = NO_COPIES,
+    parts: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> Float[Tensor, " steps"]:
     """The loop of every fine-tune: ``steps`` of AdamW on ``groups``; returns each step's loss, on the device.
 
     ``before_step`` is called with a step's index before its forward pass; it may change the content of tensors, but
     not the work of a step: on a GPU it is recorded once and replayed (:class:`CapturedStep`), unless ``capture`` is
-    False.
+    False. ``parts`` and ``checkpoint``: as for :func:`finetune`.
     """
     trained = [parameter for group in groups for parameter in group.parameters]
     device = trained[0].device
@@ -125,28 +135,52 @@ def train_steps(
     optimizer = _adamw(groups, device, spec)
 
     def one_step(batch: Batch) -> Tensor:
-        with autocast(device):
-            loss = examples.task.loss(model, batch)
-        if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
-            loss.backward()
+        total = torch.zeros((), device=device)
+        for part, share in _parts(examples.task, batch, parts):
+            with autocast(device):
+                loss = examples.task.loss(model, part)
+            loss = loss if share is None else loss * share
+            if loss.requires_grad:  # a step of the nested fine-tune may leave every layer dense
+                loss.backward()
+            total += loss.detach()
+        if loss.requires_grad:
             copies.hand_gradients_over()
             nn.utils.clip_grad_norm_(trained, spec.clip)
             optimizer.step()
             copies.refresh()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return total
 
     do_step = one_step
     if on_gpu and capture:
         do_step = CapturedStep(model, one_step, on_refusal=lambda reason: progress.say(_NOT_CAPTURED.format(reason)))
     losses = torch.zeros(steps, device=device)
+    keeping = Keeping(checkpoint, trained, optimizer, losses, progress)
+    if first := keeping.resume():
+        copies.refresh()
+    moved = examples.to(device, torch.long)
     with deterministic(device), progress.step(title, steps) as step:
-        for index, batch in enumerate(batches(examples.to(device, torch.long), spec.batch_blocks, steps, seed)):
+        step.advance(first)
+        for index, batch in enumerate(batches(moved, spec.batch_blocks, steps, seed, first), start=first):
             before_step(index)
             _set_learning_rates(optimizer, groups, learning_rate_factor(index, steps, spec.warmup))
             losses[index] = do_step(batch)
             step.advance()
+            keeping.after_step(index + 1)
     return losses
+
+
+def _parts(task: Task, batch: Batch, parts: int) -> Iterator[tuple[Batch, Float[Tensor, ""] | None]]:
+    """``batch`` in ``parts`` of almost one size, each with its share of the predictions; None: it is the whole."""
+    if parts == 1:
+        yield batch, None
+        return
+    predictions = (task.labels(batch) != IGNORED).sum()
+    size = len(batch["input_ids"])
+    for part in range(parts):
+        rows = slice(size * part // parts, size * (part + 1) // parts)
+        cut = {name: tensor[rows] for name, tensor in batch.items()}
+        yield cut, (task.labels(cut) != IGNORED).sum() / predictions
 
 
 def _adamw(groups: Sequence[Group], device: torch.device, spec: FinetuneSpec) -> torch.optim.AdamW:
@@ -180,13 +214,16 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def batches(examples: Examples, batch_blocks: int, steps: int, seed: int) -> Iterator[Batch]:
-    """Every example once an epoch, in an order of its own each epoch; the order depends on the seed alone."""
+def batches(examples: Examples, batch_blocks: int, steps: int, seed: int, first: int = 0) -> Iterator[Batch]:
+    """Every example once an epoch, in an order of its own each epoch; the order depends on the seed alone.
+
+    ``first``: the step to begin with.
+    """
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * batch_blocks // len(examples))
     orders = [torch.randperm(len(examples), generator=generator) for _ in range(epochs)]
     # Moved at once: a copy from the host in every step would make the host wait.
-    order = torch.cat(orders)[: steps * batch_blocks].to(examples.device)
+    order = torch.cat(orders)[first * batch_blocks : steps * batch_blocks].to(examples.device)
     for taken in order.split(batch_blocks):
         yield examples[taken].tensors
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, no_type_check
 
 import torch
-import torch._dynamo
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.fx.experimental import _config as symbols
 from transformers import PreTrainedModel
 
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.compress.nested_linear import NestedLinear
+from rank_search.cross_entropy import compiled_pieces
 from rank_search.model.targets import Target, bias_of, weight_matrix
 
 RECOMPILES = 64
@@ -132,9 +131,12 @@ class _Hidden(nn.Module):
         self.dense = nn.Parameter(copy(parts.dense, _UNUSED, _UNUSED), requires_grad=False)
         self.bias = parts.bias
         self.rank = parts.rank
+
+    def symbolic(self) -> Iterator[tuple[Tensor, int]]:
+        """The tensors and their sides that are to be symbols to the compiler."""
         for tensor, dims in ((self.inner, (0,)), (self.outer, (1,)), (self.dense, (0, 1))):
             for dim in dims:
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                yield tensor, dim
 
     @no_type_check  # the compiler cannot look through what checks shapes while the tests run
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
@@ -193,12 +195,18 @@ def fused(
         backend: of ``torch.compile``.
         dtype: of the copies.
     """
+    # Here, since they take a second, which a process that trains nothing need not spend.
+    import torch._dynamo
+    from torch.fx.experimental import _config as symbols
+
     copies = Copies()
     places = [(parent, name, getattr(parent, name)) for target in targets for parent, name in target.places]
     hidden: dict[int, _Hidden] = {}
     for parent, name, layer in places:
         if id(layer) not in hidden:
             made = hidden[id(layer)] = _Hidden(_Parts.of(layer), dtype)
+            for tensor, side in made.symbolic():
+                torch._dynamo.maybe_mark_dynamic(tensor, side)
             if isinstance(layer, LowRankLinear | NestedLinear):
                 copies.factors.extend(layer.factors)
                 copies.copies.extend((made.inner, made.outer))
@@ -206,6 +214,7 @@ def fused(
     blocks = blocks_of(model)
     try:
         with (
+            compiled_pieces(),
             _inputs_requiring_grad(model),
             torch._dynamo.config.patch(force_parameter_static_shapes=False, recompile_limit=RECOMPILES),
             symbols.patch(use_duck_shape=False),  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
 from rank_search.spec import PLAIN_RATE, FinetuneSpec, SearchSpec
 from rank_search.task import Examples
+from rank_search.train.checkpoints import Checkpoint
 from rank_search.train.finetune import Group, fused_if_worth_it, rank_scale, train_steps
 
 LIFT = 0.25
@@ -75,13 +76,15 @@ def nested_finetune(
     *,
     seed: int,
     progress: Progress = SILENT,
+    parts: int = 1,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Factors]:
     """Train the factors for ``spec.nested_steps`` steps, each under the rank map of its index.
 
     Factors that none of the rank maps asks for come back as they are.
 
     The model is the same dense model afterwards. Singular values are handed through: predicted rises stay those of the
-    untrained factors.
+    untrained factors. ``parts`` and ``checkpoint``: as for :func:`finetune`.
 
     Raises:
         NonFiniteLossError: the training loss became NaN or infinite.
@@ -109,6 +112,7 @@ def nested_finetune(
             losses = train_steps(
                 model, groups, examples, spec, steps, seed=seed, title="nested fine-tune",
                 progress=progress, before_step=lambda index: now.copy_(ranks[index]), copies=copies,
+                parts=parts, checkpoint=checkpoint,
             )  # fmt: skip
     finally:
         restore(targets)

@@ -14,7 +14,8 @@ from pathlib import Path
 from rank_search.api import STORAGE_VARIABLE
 from rank_search.errors import LeaseLostError
 from rank_search.launch import exits
-from rank_search.launch.stopping import Preempted, Stopping, end_with_supervisor
+from rank_search.launch.stopping import Stopping, end_with_supervisor
+from rank_search.progress import Preempted
 from rank_search.study.patience import Patience
 from tests.contract.synthetic import measure, open_study
 

@@ -63,7 +63,7 @@ def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str
     assert check_database(other) == ()
     proposals = []
     for url in (storage, other):
-        study = open_study(url, ladder=[0.5])
+        study = open_study(url, sampler="tpe", ladder=[0.5])
         proposals.append([(p.number, p.source, p.rank_map) for p in run_trials(study, 3)])
         study.close()
     assert proposals[0] == proposals[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ from rank_search.compress.low_rank import compressed
 from rank_search.factors.statistics import collect_statistics
 from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
-from rank_search.progress import Progress
+from rank_search.progress import Preempted, Progress, Step
 from rank_search.spec import FinetuneSpec, TargetSpec, load_study_file
 from rank_search.task import Batch, Examples
 from rank_search.train.capture import CapturedStep
+from rank_search.train.checkpoints import Checkpoint, Checkpoints
 from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
@@ -147,3 +150,50 @@ def test_recorded_steps_of_other_tasks_train_as_steps_run_one_by_one(family: str
         nn.Module.to(model, "cuda")
         losses.append(torch.tensor(finetune(model, [], examples, spec, seed=0, capture=capture).losses))
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=0)
+
+
+class Asked(Heard):
+    """Has the process asked to stop after so many steps of a fine-tune."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._after = after
+        self._done = 0
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Step]:
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._done += amount
+
+    def seconds_left(self) -> float | None:
+        return 0.0 if self._done >= self._after else None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_recorded_steps_go_on_from_a_checkpoint(
+    tiny_study: StudyFactory, tmp_path: Path, compiled: bool, parts: int
+) -> None:
+    prepared = _prepare(tiny_study(run={"device": "cuda"}, finetune={"steps": 16, "compiled": compiled}))
+    examples = Examples.of(prepared.loaded.task, prepared.splits.train.columns)
+    checkpoint = Checkpoints(tmp_path / "kept", 60.0).of(test=True)
+
+    def tune(progress: Heard, given: Checkpoint | None = checkpoint) -> torch.Tensor:
+        model = copy.deepcopy(prepared.model)
+        targets = find_targets(model, TargetSpec())
+        with compressed(targets, prepared.bank.on(prepared.device), prepared.allocator.closed_form(0.5)) as layers:
+            result = finetune(
+                model, list(layers.values()), examples, prepared.spec.finetune, seed=0, targets=targets,
+                progress=progress, parts=parts, checkpoint=given,
+            )  # fmt: skip
+        return torch.tensor(result.losses)
+
+    whole = tune(Heard(), None)
+    with pytest.raises(Preempted):
+        tune(Asked(8))  # in the middle of what was recorded
+    heard = Heard()
+    resumed = tune(heard)
+    assert heard.lines == ["going on from step 8 of 16, where this fine-tune was interrupted"]
+    torch.testing.assert_close(resumed, whole, rtol=2e-3, atol=0)

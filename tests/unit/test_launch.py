@@ -20,10 +20,10 @@ from rank_search.launch import exits
 from rank_search.launch.devices import gpus, slots
 from rank_search.launch.job import Worker
 from rank_search.launch.restarts import FIRST_DELAY, LONGEST_DELAY, MOST_IN_A_ROW, Restarts
-from rank_search.launch.stopping import Preempted, Stopping
+from rank_search.launch.stopping import Stopping
 from rank_search.launch.supervisor import View
 from rank_search.measurement import Fidelity, Measurement
-from rank_search.progress import Progress
+from rank_search.progress import Preempted, Progress
 from rank_search.ranks import RankMap
 from rank_search.study.watching import WORST_LOSS, StudyView, WorkerView, area
 

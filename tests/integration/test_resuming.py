@@ -1,0 +1,285 @@
+"""Fine-tunes that are interrupted go on from their checkpoints, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_search as rs
+from rank_search.launch import exits
+from rank_search.measurement import Measurement
+from rank_search.preparing import Prepared, prepare
+from rank_search.progress import Preempted, Progress, Step
+from rank_search.spec import load_study_file
+from rank_search.study.records import State
+from rank_search.train import checkpoints
+from rank_search.train.checkpoints import STALE_SECONDS, Checkpoints
+from rank_search.trial import Evaluator
+from tests.conftest import StudyFactory
+
+STEPS = 12
+ROOT = Path(__file__).parents[2]
+
+
+class Interrupting(Progress):
+    """Has the process asked to stop in the ``at``-th step of a fine-tune, with no time left; keeps what was said."""
+
+    def __init__(self, at: int | None = None, title: str = "fine-tune", left: float = 0.0) -> None:
+        self._at = at
+        self._title = title
+        self._left = left
+        self._asked = False
+        self.steps: list[str] = []
+        self.said: list[str] = []
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Step]:
+        yield _Counting(self, title)
+
+    def count(self, title: str, amount: int) -> None:
+        self.steps += [title] * amount
+        self._asked = self._asked or self.steps.count(self._title) == self._at
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def seconds_left(self) -> float | None:
+        return self._left if self._asked else None
+
+
+class _Counting:
+    def __init__(self, owner: Interrupting, title: str) -> None:
+        self._owner = owner
+        self._title = title
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._owner.count(self._title, amount)
+
+
+def facts(measurement: Measurement) -> tuple[object, ...]:
+    """All but seconds and bytes."""
+    return (
+        measurement.loss, measurement.standard_error, measurement.num_params, measurement.fold_losses,
+        measurement.block_losses, measurement.train_losses,
+    )  # fmt: skip
+
+
+def kept_files(prepared: Prepared) -> list[Path]:
+    return sorted((prepared.study.work_dir / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("train", "folds"), [("factors", None), ("all", None), ("factors", 2)], ids=["factors", "all", "folds"]
+)
+def test_an_interrupted_trial_ends_with_the_loss_of_an_uninterrupted_one(
+    tiny_study: StudyFactory, train: str, folds: int | None
+) -> None:
+    tables: dict[str, dict[str, object]] = {"finetune": {"steps": STEPS, "train": train, "learning_rate": 1e-2}}
+    path = tiny_study(**tables)
+    if folds is not None:
+        text = (
+            path.read_text(encoding="utf-8").replace("train_blocks = 24\n", "").replace("validation_blocks = 8\n", "")
+        )
+        path.write_text(text.replace("[validation]\n", f"[validation]\nfolds = {folds}\n"), encoding="utf-8")
+    prepared = prepare(load_study_file(path))
+    rank_map = prepared.allocator.closed_form(0.5)
+    whole = Evaluator(prepared).measure(rank_map)
+    for at in (3, 8):  # interrupted, and once more
+        with pytest.raises(Preempted):
+            Evaluator(prepared).measure(rank_map, Interrupting(at))
+        assert len(kept_files(prepared)) == 1
+    other, progress = Evaluator(prepare(load_study_file(path))), Interrupting()
+    resumed = other.measure(rank_map, progress)
+    assert progress.said == [f"going on from step 8 of {STEPS}, where this fine-tune was interrupted"]
+    assert facts(resumed) == facts(whole)
+    assert len(kept_files(prepared)) == 1  # until the measurement is stored
+    other.forget(rank_map)
+    assert kept_files(prepared) == []
+
+
+def test_state_is_kept_every_so_many_seconds(tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SHARE", 1e9)
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS}, run={"checkpoint_seconds": 1e-9})))
+    rank_map = prepared.allocator.closed_form(0.5)
+    written: list[int] = []
+    save = checkpoints._save
+    monkeypatch.setattr(checkpoints, "_save", lambda c, step, state: (written.append(step), save(c, step, state)))
+    Evaluator(prepared).measure(rank_map)
+    assert written == list(range(1, STEPS))  # not after the last one
+    progress = Interrupting()
+    Evaluator(prepared).measure(rank_map, progress)  # as after kill -9
+    assert progress.steps.count("fine-tune") == STEPS
+    assert progress.said == [f"going on from step {STEPS - 1} of {STEPS}, where this fine-tune was interrupted"]
+
+
+def test_writing_takes_a_twentieth_of_the_time_at_most(
+    tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS}, run={"checkpoint_seconds": 1e-9})))
+    written: list[int] = []
+    monkeypatch.setattr(checkpoints, "_save", lambda _c, step, _state: (written.append(step), time.sleep(0.2)))
+    Evaluator(prepared).measure(prepared.allocator.closed_form(0.5))
+    assert written == [1]
+
+
+def test_a_study_may_do_without(tiny_study: StudyFactory) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS}, run={"checkpoint_seconds": 0})))
+    Evaluator(prepared).measure(prepared.allocator.closed_form(0.5), Interrupting(3))  # it ends by itself, or is ended
+    assert not (prepared.study.work_dir / "checkpoints").exists()
+
+
+def test_a_fine_tune_that_ends_in_time_goes_on(tiny_study: StudyFactory) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS})))
+    progress = Interrupting(3, left=600.0)
+    Evaluator(prepared).measure(prepared.allocator.closed_form(0.5), progress)
+    assert progress.steps.count("fine-tune") == STEPS
+    assert kept_files(prepared) == []
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, empty])
+def test_a_damaged_checkpoint_is_told_and_the_fine_tune_starts_again(
+    tiny_study: StudyFactory, damage: Callable[[Path], None]
+) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS})))
+    rank_map, evaluator = prepared.allocator.closed_form(0.5), Evaluator(prepared)
+    whole = evaluator.measure(rank_map)
+    with pytest.raises(Preempted):
+        evaluator.measure(rank_map, Interrupting(5))
+    (file,) = kept_files(prepared)
+    damage(file)
+    progress = Interrupting()
+    assert facts(evaluator.measure(rank_map, progress)) == facts(whole)
+    (said,) = progress.said
+    assert "is damaged" in said
+    assert said.endswith("starting again")
+    assert "\n" not in said
+    assert kept_files(prepared) == []
+
+
+def test_other_rank_maps_settings_and_seeds_have_checkpoints_of_their_own(tiny_study: StudyFactory) -> None:
+    base = {"steps": STEPS}
+    prepared = prepare(load_study_file(tiny_study(finetune=base)))
+    rank_map = prepared.allocator.closed_form(0.5)
+    with pytest.raises(Preempted):
+        Evaluator(prepared).measure(rank_map, Interrupting(5))
+    tables: list[dict[str, dict[str, object]]] = [
+        {"finetune": base | {"learning_rate": 1e-3}}, {"finetune": base, "search": {"seed": 1}},
+        {"finetune": base, "factors": {"damping": 0.5}},
+    ]  # fmt: skip
+    for changed in tables:
+        other, progress = prepare(load_study_file(tiny_study(**changed))), Interrupting()
+        Evaluator(other).measure(rank_map, progress)
+        assert progress.said == []
+    progress = Interrupting()
+    Evaluator(prepared).measure(prepared.allocator.uniform(0.5), progress)
+    assert progress.said == []
+
+
+def test_where_it_cannot_be_written_the_fine_tune_goes_on(
+    tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS}, run={"checkpoint_seconds": 1e-9})))
+    (prepared.study.work_dir / "checkpoints").write_text("no folder", encoding="utf-8")
+    progress = Interrupting()
+    Evaluator(prepared).measure(prepared.allocator.closed_form(0.5), progress)
+    assert progress.said[0].endswith("going on without")
+
+
+def test_stale_checkpoints_are_removed_when_a_study_is_prepared(tiny_study: StudyFactory) -> None:
+    path = tiny_study(finetune={"steps": STEPS})
+    prepared = prepare(load_study_file(path))
+    folder = prepared.study.work_dir / "checkpoints"
+    folder.mkdir()
+    now = time.time()
+    for name, age in (("new.safetensors", 60.0), ("old.safetensors", STALE_SECONDS + 60), (".old.host.1", 2e7)):
+        (folder / name).touch()
+        os.utime(folder / name, (now - age, now - age))
+    prepare(load_study_file(path))
+    assert [file.name for file in folder.iterdir()] == ["new.safetensors"]
+
+
+def test_an_interrupted_nested_fine_tune_makes_the_same_bank(
+    tiny_study: StudyFactory, tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
+) -> None:
+    finetune = {"mode": "nested", "nested_steps": STEPS, "nested_ranges": 2}
+    study = load_study_file(tiny_study(finetune=finetune))
+    with pytest.raises(Preempted):
+        prepare(study, progress=Interrupting(STEPS + 5, "nested fine-tune"))
+    assert len(list((study.work_dir / "checkpoints").iterdir())) == 1
+    resumed = prepare(study)
+    assert kept_files(resumed) == []
+    whole = prepare(load_study_file(write_study(tmp_path_factory.mktemp("whole"), finetune=finetune)))
+    assert resumed.trial_banks.digest == whole.trial_banks.digest
+    for ours, theirs in zip(resumed.trial_banks.banks, whole.trial_banks.banks, strict=True):
+        assert ours.path.name == theirs.path.name
+        for target in whole.targets:
+            assert torch.equal(ours[target.name].inn, theirs[target.name].inn)
+            assert torch.equal(ours[target.name].out, theirs[target.name].out)
+
+
+def test_a_worker_that_gets_sigterm_leaves_a_checkpoint_and_the_next_one_goes_on(
+    tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
+) -> None:
+    tables = {"finetune": {"steps": 250, "batch_blocks": 24}, "search": {"trials": 2, "ladder": [0.5]}}
+    file = write_study(tmp_path_factory.mktemp("interrupted"), **tables)
+    command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "2"]
+    worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    storage = f"sqlite:///{file.parent}/tiny.db"
+    until(lambda: bool(rs.view("tiny", storage=storage).trials) if (file.parent / "tiny.db").exists() else False)
+    time.sleep(0.3)
+    asked = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=30)
+    assert worker.returncode == exits.PREEMPTED
+    assert time.monotonic() - asked < 2  # it did not wait for the grace time to end
+    assert len(list((file.parent / "work" / "checkpoints").iterdir())) == 1
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "going on from step" in again.stderr
+    assert list((file.parent / "work" / "checkpoints").iterdir()) == []
+    whole = write_study(tmp_path_factory.mktemp("whole"), **tables)
+    rs.run(whole)
+    assert losses(rs.view("tiny", storage=storage)) == losses(rs.view(whole))
+
+
+def losses(view: rs.StudyView) -> dict[str, float]:
+    """Of what was measured, by rank map."""
+    measured = [t for t in view.trials if t.state is State.COMPLETE and t.measurement is not None]
+    assert len(measured) == 2
+    return {trial.rank_map.digest: trial.measurement.loss for trial in measured if trial.measurement is not None}
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_folder_of_checkpoints_may_be_missing(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "none", 60.0).remove_stale()
+    checkpoint = Checkpoints(tmp_path / "none", 60.0).of(rank_map="x")
+    assert checkpoint is not None
+    checkpoint.remove()
