@@ -88,8 +88,9 @@ class TargetSpec(Table):
     granularity: Granularity = "matrix"
     """Factorise whole matrices, or attention's projections head by head, as `<module>.head.<i>` (of a fused one
     `<module>.q.head.<i>`)."""
-    storage: Storage = "two-factor"
-    """Which parameter count is the objective."""
+    storage: Storage = "pivoted"
+    """Which parameter count is the objective, and how a layer of rank r is stored: as r of its rows and the others'
+    coefficients, r (m + n - r) numbers, or as two factors, r (m + n). At equal counts pivoted storage keeps more."""
     rank_multiple: Positive = 1
     """Allow only ranks that are multiples of this."""
     frozen: dict[str, Positive | Literal["dense"]] = Field(default={})

@@ -17,7 +17,7 @@ from rank_search.launch import exits
 from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.progress import Preempted
 from rank_search.study.patience import Patience
-from tests.contract.synthetic import measure, open_study
+from tests.contract.synthetic import make_allocator, measure, open_study
 
 
 def main(trials: int, seconds: float, ill: str = "") -> int:
@@ -32,9 +32,11 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_supervisor()
     spool = os.environ.get("RANK_SEARCH_TEST_SPOOL")
+    allocator = make_allocator(int(os.environ.get("RANK_SEARCH_TEST_LAYERS", "3")))
     study = open_study(
         os.environ[STORAGE_VARIABLE], ladder=[0.5], lease=float(os.environ.get("RANK_SEARCH_TEST_LEASE", "120")),
         spool=Path(spool) if spool else None, patience=Patience(60.0, print),
+        allocator=allocator,
     )  # fmt: skip
     with Stopping(grace=10.0) as stopping:
         if ill == "deaf":
@@ -51,7 +53,7 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
                 study.requeue(proposal)
                 raise
             try:
-                study.tell(proposal, measure(proposal.rank_map))
+                study.tell(proposal, measure(proposal.rank_map, allocator=allocator))
             except LeaseLostError as error:
                 print(f"going on: {error}")
             stopping.after_trial()

@@ -51,17 +51,20 @@ def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
 
 
 def make_spec(name: str = "tiny", run: dict[str, Any] | None = None, **search: Any) -> StudySpec:
-    """A study file with the given ``[search]`` and ``[run]`` tables."""
-    tables = {"name": name, "model": {"source": "models/tiny"}, "search": search, "run": run or {}}
+    """A study file with the given ``[search]`` and ``[run]`` tables, for the made-up model's storage form."""
+    targets = {"storage": make_allocator().space.storage}
+    tables = {
+        "name": name, "model": {"source": "models/tiny"}, "targets": targets, "search": search, "run": run or {},
+    }  # fmt: skip
     return parse_study(tables, where="test")
 
 
 def open_study(
     storage: str, name: str = "tiny", *, lease: float | None = None, spool: Path | None = None,
-    patience: Patience | None = None, **search: Any,
+    patience: Patience | None = None, allocator: Allocator | None = None, **search: Any,
 ) -> Study:  # fmt: skip
     """Open a study over the made-up model."""
-    allocator = make_allocator()
+    allocator = make_allocator() if allocator is None else allocator
     spec = make_spec(name, {} if lease is None else {"lease_seconds": lease}, **search)
     return Study.open(spec, storage, allocator, make_facts(allocator), spool=spool, patience=patience)
 

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("RANK_SEARCH_TEST_SOAK", "100"))
 SECONDS = 0.05
 """Of a trial."""
+LAYERS = "24"
+"""Blocks of the made-up model: so many that hardly two proposals are one rank map."""
 WORKERS = {"postgresql": 16, "sqlite": 4}
 
 
@@ -33,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def test_many_workers_lose_and_double_nothing(backend: str, storage: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "RANK_SEARCH_STORAGE": storage, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "RANK_SEARCH_STORAGE": storage, "RANK_SEARCH_TEST_LAYERS": LAYERS, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.contract.stand_in", str(TRIALS), str(SECONDS)]
     logs = [(tmp_path / f"{number}.log").open("w") for number in range(WORKERS[backend])]
     started = time.monotonic()

@@ -96,11 +96,12 @@ def test_published_allocations_seed_a_study_once(
     names = ("closed form", "zs-svd", "svd-llm-v2")
     assert [trial.source for trial in trials[:6]] == [f"{name} {kept}" for kept in (0.7, 0.5) for name in names]
     assert len({trial.rank_map for trial in trials[:6]}) == 6
-    facts = api.view(file).record.facts
+    record = api.view(file).record
+    facts, storage = record.facts, record.spec.targets.storage
     dense = sum(shape.dense_params for shape in facts.shapes)
     for trial in trials[:6]:
         kept = float(trial.source.rsplit(" ", 1)[1])
-        held = sum(shape.params(trial.rank_map.get(shape.name)) for shape in facts.shapes)
+        held = sum(shape.params(trial.rank_map.get(shape.name), storage) for shape in facts.shapes)
         assert kept * dense - 100 < held <= kept * dense
     changed = tiny_study(finetune={"steps": 0}, search={**search, "seeds": seeds[:2]})
     with pytest.raises(StudyMismatchError, match=r"search\.seeds"):

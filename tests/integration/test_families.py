@@ -40,7 +40,12 @@ from tests.data.families import FAMILIES, MASK, asked, examples, pixels, trained
 from tests.integration.conftest import rank_search
 
 CPU = torch.device("cpu")
-WAYS = {"matrix": TargetSpec(), "split": TargetSpec(split_qkv=True), "head": TargetSpec(granularity="head")}
+TWO_FACTOR = TargetSpec(storage="two-factor")
+WAYS = {
+    "matrix": TWO_FACTOR,
+    "split": TWO_FACTOR.model_copy(update={"split_qkv": True}),
+    "head": TWO_FACTOR.model_copy(update={"granularity": "head"}),
+}
 CASES = [
     (family, way) for family, of in FAMILIES.items() for way in WAYS if way != "split" or of.fused
 ]  # fmt: skip

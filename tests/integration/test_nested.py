@@ -168,7 +168,8 @@ def test_a_study_is_searched_exported_and_applied(tiny_study: StudyFactory, tmp_
     file = rs.export(path, trial=front[0].trial)
     file.write(tmp_path / "map.json", folder=path.parent)
     assert file.measurement is not None
-    assert rs.apply(tmp_path / "map.json", tmp_path / "out").loss == file.measurement.loss
+    # The checkpoint is in pivoted form: the same function, in other roundings.
+    assert rs.apply(tmp_path / "map.json", tmp_path / "out").loss == pytest.approx(file.measurement.loss, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny_study: StudyFactory) -> None:

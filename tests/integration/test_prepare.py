@@ -47,25 +47,26 @@ def test_every_method_makes_a_bank_of_every_family(family: str, method: Method, 
     assert [shape.name for shape in prepared.space.shapes] == [target.name for target in prepared.targets]
     for target in prepared.targets:
         factors, shape = prepared.bank[target.name], target.shape
-        assert factors.out.shape == (shape.max_rank(), shape.m)
-        assert factors.inn.shape == (shape.max_rank(), shape.n)
+        most = shape.max_rank(prepared.space.storage)
+        assert factors.out.shape == (most, shape.m)
+        assert factors.inn.shape == (most, shape.n)
         assert factors.sigma.shape == (min(shape.m, shape.n),)
         # Plain SVD has the least plain error of all.
         plain = torch.linalg.svdvals(weight_matrix(target.module).double())
         error = float((weight_matrix(target.module) - factors.out.T @ factors.inn).double().norm())
-        least = float(plain[shape.max_rank() :].norm())
-        assert error >= least * (1 - 1e-5)
+        least = float(plain[most :].norm())
+        assert error >= least * (1 - 1e-4)
         if method == "svd":
             torch.testing.assert_close(factors.sigma, plain, rtol=1e-6, atol=1e-8)
-            assert error == pytest.approx(least, rel=1e-3)
+            assert error == pytest.approx(least, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
     "tables",
     [
         {"factors": {"method": "whitened"}}, {"factors": {"damping": 1e-2}}, {"factors": {"seed": 1}},
-        {"data": {"calibration_blocks": 7}}, {"targets": {"layers": "attention"}}, {"targets": {"storage": "pivoted"}},
-        {"factors": {"anchor": 0.5}},
+        {"data": {"calibration_blocks": 7}}, {"targets": {"layers": "attention"}},
+        {"targets": {"storage": "two-factor"}}, {"factors": {"anchor": 0.5}}, {"factors": {"slope_power": 0.0}},
     ],
 )  # fmt: skip
 def test_what_changes_the_factors_makes_another_bank(

@@ -25,8 +25,8 @@ def _prepare(path: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(write_study: StudyFactory, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """The tiny study: every trial fine-tunes for two steps."""
-    return _prepare(write_study(tmp_path_factory.mktemp("study")))
+    """The tiny study: every trial fine-tunes for two steps. What it counts stands in the model as it is trained."""
+    return _prepare(write_study(tmp_path_factory.mktemp("study"), targets={"storage": "two-factor"}))
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_full_rank_reproduces_the_dense_model(family: str) -> None:
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_counted_parameters_are_those_of_the_compressed_model(family: str) -> None:
     model = models.make(family)
-    spec = TargetSpec()
+    spec = TargetSpec(storage="two-factor")
     targets = find_targets(model, spec)
     space = rank_space(model, targets, spec)
     # Every third layer stays dense.
@@ -163,7 +163,7 @@ def test_a_shared_module_is_replaced_in_all_its_places() -> None:
 def test_a_shared_module_counts_once() -> None:
     model = models.SharedBlocks()
     targets = find_targets(model, TargetSpec())
-    space = rank_space(model, targets, TargetSpec())
+    space = rank_space(model, targets, TargetSpec(storage="two-factor"))
     rank_map = RankMap({target.name: 2 for target in targets})
     insert(targets, _bank(targets), rank_map)
     assert sum(parameter.numel() for parameter in model.parameters()) == space.num_params(rank_map)

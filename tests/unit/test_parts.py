@@ -198,7 +198,7 @@ def test_what_no_part_holds_stays_as_it_is() -> None:
     targets = find_targets(model, TargetSpec(split_qkv=True, layers="query-value"))
     assert {_part(target).label for target in targets} == {"q", "v"}
     dense = targets[0].module
-    space = rank_space(model, targets, SPLIT)
+    space = rank_space(model, targets, SPLIT.model_copy(update={"storage": "two-factor"}))
     x = torch.randn(3, HIDDEN)
     keys = torch.cat([torch.arange(16, 32), torch.arange(64, 80)])
     with compressed(targets, _of_rank_one(targets), RankMap({t.name: 1 for t in targets})) as layers:
