@@ -348,14 +348,23 @@ def storage_url(storage: str | None, file: StudyFile | None) -> str:
     Raises:
         StorageError: none of them says it, or the file cannot be read.
     """
+    url = given_storage(storage)
+    if url is None and file is None:
+        raise StorageError(
+            f"no database is named: give --storage URL or set {STORAGE_VARIABLE}, or give a study by its file"
+        )
+    return file.default_storage if url is None and file is not None else str(url)
+
+
+def given_storage(storage: str | None) -> str | None:
+    """As :func:`storage_url` without a file, but None where nothing names a database.
+
+    Raises:
+        StorageError: the file of ``RANK_SEARCH_STORAGE_FILE`` cannot be read.
+    """
     if storage is not None:
         return storage  # an empty one too: it is an unset variable in a script, not a wish for the default
-    url = os.environ.get(STORAGE_VARIABLE) or _secret_storage() or (file.default_storage if file else None)
-    if url is None:
-        raise StorageError(
-            f"a study's name needs its database: give --storage URL or set {STORAGE_VARIABLE}, or give the study's file"
-        )
-    return url
+    return os.environ.get(STORAGE_VARIABLE) or _secret_storage()
 
 
 def storage_of(study: StudyLike, storage: str | None = None) -> tuple[str, str]:

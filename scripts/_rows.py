@@ -149,9 +149,15 @@ def _draw(axes: Axes, group: tuple[str, ...], rows: Sequence[Row], number: int) 
     axes.errorbar(
         x, y, yerr=[_spread(values[kept]) for kept in x], label=", ".join(dict.fromkeys(group[:3])),
         marker=_MARKERS[number % len(_MARKERS)], capsize=2, markersize=5, color="black" if own else f"C{number % 10}",
-        linewidth=2 if own else 1.2, linestyle=(":", "--", "-")[number % 3] if own else "-", zorder=3 if own else 2,
+        linewidth=2 if own else 1.2, linestyle=_own_style(group) if own else "-", zorder=3 if own else 2,
     )  # fmt: skip
     return y
+
+
+def _own_style(group: tuple[str, ...]) -> str:
+    """The default is solid."""
+    _, allocation, storage, *_ = group
+    return "-" if storage == "pivoted" else "--" if allocation == "closed-form" else ":"
 
 
 def _fractions(rows: Sequence[Row]) -> list[float]:

@@ -75,7 +75,7 @@ def serve(
 
     if launcher not in LAUNCHERS:
         raise InputError(f"--launcher must be one of {', '.join(LAUNCHERS)}, not {launcher!r}")
-    url = _storage(storage, folder)
+    url = _storage(storage, _made_folder(folder))
     needs_tokens = auth or not is_loopback(host)
     if needs_tokens:
         _require_token(url)
@@ -151,6 +151,8 @@ def create(
 
     if role not in set(Role):
         raise InputError(f"--role must be one of {', '.join(Role)}, not {role!r}")
+    if api.given_storage(storage) is None:
+        _made_folder(folder)
     with StudyStore(_made(_storage(storage, folder))) as store:
         typer.echo(create_token(store.engine, name, Role(role)))
 
@@ -161,7 +163,7 @@ def list_tokens(storage: DatabaseOption = None, folder: _Folder = _DEFAULT_FOLDE
     from rank_search.study.store import StudyStore
     from rank_search.study.tokens import tokens
 
-    with StudyStore(_made(_storage(storage, folder))) as store:
+    with StudyStore(_storage(storage, folder)) as store:
         for token in tokens(store.engine):
             ended = f"  revoked {token.revoked:%Y-%m-%d %H:%M}" if token.revoked else ""
             typer.echo(f"{token.name}  {token.role}  made {token.created:%Y-%m-%d %H:%M}{ended}")
@@ -176,17 +178,14 @@ def revoke(
     from rank_search.study.store import StudyStore
     from rank_search.study.tokens import revoke_token
 
-    with StudyStore(_made(_storage(storage, folder))) as store:
+    with StudyStore(_storage(storage, folder)) as store:
         revoke_token(store.engine, name)
     typer.echo(f"revoked {name}")
 
 
 def _storage(storage: str | None, folder: Path) -> str:
     """The database that is named, else an SQLite file in the service's folder."""
-    try:
-        return api.storage_url(storage, None)
-    except InputError:
-        return f"sqlite:///{_made_folder(folder).resolve()}/studies.db"
+    return api.given_storage(storage) or f"sqlite:///{folder.resolve()}/studies.db"
 
 
 def _made_folder(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rank_search.front import FrontPoint
@@ -74,7 +74,8 @@ def front_json(points: Iterable[FrontPoint]) -> str:
 
 def front_objects(points: Iterable[FrontPoint]) -> list[dict[str, Any]]:
     """The rows as JSON has them."""
-    rows = [asdict(row) for row in front_rows(points)]
+    names = [one.name for one in fields(FrontRow)]
+    rows = [{name: getattr(row, name) for name in names} for row in front_rows(points)]
     for row in rows:
         row["perplexity"] = _finite(row["perplexity"])
         row["metrics"] = {name: _finite(value) for name, value in row["metrics"].items()}

@@ -19,8 +19,8 @@ LOCAL = "local"
 """Name of callers where there is no login."""
 
 _REMEMBERED = 1000
-_SECONDS = 2.0
-"""So long a token that was right counts as right, without asking the database again."""
+REMEMBERED_SECONDS = 2.0
+"""So long a token that was right may look, without asking the database again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,11 @@ class Access:
         self._valid = valid_token
         self._known: OrderedDict[str, tuple[float, Token]] = OrderedDict()
 
-    async def caller(self, authorization: str | None, cookies: str) -> Caller | None:
+    async def caller(self, authorization: str | None, cookies: str, *, anew: bool = False) -> Caller | None:
         """The caller whom a request's headers name, None where they name none who is known.
+
+        Args:
+            anew: ask the database, even if it was asked a moment ago.
 
         Raises:
             StorageError: the database cannot be reached.
@@ -73,12 +76,12 @@ class Access:
             if scheme.lower() != "bearer":
                 return None
             key = hashlib.sha256(text.encode()).hexdigest()
-            token = await self._remembered(key, lambda: self._check(text.strip()))
+            token = await self._remembered(key, lambda: self._check(text.strip()), anew)
             return None if token is None else Caller(token.name, token.role)
         session = self._session(cookies)
         if session is None:
             return None
-        token = await self._remembered(f"session {session.token}", lambda: self._valid(session.token))
+        token = await self._remembered(f"session {session.token}", lambda: self._valid(session.token), anew)
         return None if token is None else Caller(token.name, token.role, session.csrf)
 
     def open_session(self, text: str) -> tuple[Caller, str] | None:
@@ -102,9 +105,9 @@ class Access:
             return None
         return self._sessions.check(cookies[COOKIE].value) if COOKIE in cookies else None
 
-    async def _remembered(self, key: str, read: Callable[[], Token | None]) -> Token | None:
+    async def _remembered(self, key: str, read: Callable[[], Token | None], anew: bool) -> Token | None:
         since, token = self._known.get(key, (0.0, None))
-        if token is not None and time.monotonic() - since < _SECONDS:
+        if not anew and token is not None and time.monotonic() - since < REMEMBERED_SECONDS:
             return token
         found = await to_thread.run_sync(read)
         if found is None:

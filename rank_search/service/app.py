@@ -62,7 +62,9 @@ def _put_together(settings: Settings, fleet: Fleet, opened: ExitStack) -> App:
     """The application, whose end closes what is opened here."""
     store = opened.enter_context(StudyStore(settings.storage))
     reading = Reading(store)
-    events = Events(reading, most=settings.most_streams, poll_seconds=settings.poll_seconds)
+    events = Events(
+        reading, most=settings.most_streams, of_caller=settings.caller_streams, poll_seconds=settings.poll_seconds
+    )
     access = Access(
         Sessions.with_key_in(settings.folder),
         lambda text: check_token(store.engine, text),
@@ -106,6 +108,7 @@ def _lifespan(context: Context, opened: ExitStack) -> Any:
             yield
         finally:
             await context.events.close()
+            await context.reading.close()
             await to_thread.run_sync(context.fleet.stop)
             opened.close()
 

@@ -55,13 +55,16 @@ class Context:
     fleet: Fleet
 
 
-def _context(request: Request) -> Context:
+# Coroutines, or every request would wait for a thread to run them in.
+
+
+async def _context(request: Request) -> Context:
     found = request.app.state.context
     assert isinstance(found, Context)
     return found
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     found = request.state.caller
     assert isinstance(found, Caller)
     return found
@@ -71,13 +74,16 @@ Shared = Annotated[Context, Depends(_context)]
 Asking = Annotated[Caller, Depends(_caller)]
 
 
-async def look_at(context: Context, name: str) -> Look:
+async def look_at(context: Context, name: str, *, recent: bool = False) -> Look:
     """A study as it is now.
+
+    Args:
+        recent: one that others have looked at lately will do; nobody waits for the database then.
 
     Raises:
         HTTPException: 404, there is none.
     """
-    look = await context.reading.look(name)
+    look = await context.reading.look(name, recent=recent)
     if look is None:
         raise HTTPException(404, f"there is no study {name!r}; GET /v1/studies lists all")
     return look

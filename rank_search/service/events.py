@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
@@ -21,10 +22,13 @@ from rank_search.study.listing import TrialSummary
 FIRST_TRIALS = 100
 """So many of the last trials begin a stream."""
 QUIET_SECONDS = 15.0
-"""After so long without news a line is sent that tells nothing, so that nobody on the way closes the connection; and so
-often callers are looked at again, whose tokens may have been revoked."""
+"""After so long without news a line is sent that tells nothing, so that nobody on the way closes the connection."""
+CHECK_SECONDS = 2.0
+"""So often callers are looked at again, whose tokens may have been revoked."""
 _MOST_PENDING = 64
 """A stream whose reader is so far behind ends; browsers open it again."""
+_AT_ONCE = 10
+"""So many readers are told before other requests have their turn."""
 _RETRY = b"retry: 3000\n\n"
 _NOTHING_NEW = b": nothing new\n\n"
 
@@ -33,53 +37,60 @@ class Events:
     """All event streams of the service.
 
     Args:
-        most: streams that may be open.
+        most, of_caller: streams that may be open, and of one caller.
         poll_seconds: how often the database is looked at for a study that someone watches.
     """
 
-    def __init__(self, reading: Reading, *, most: int, poll_seconds: float) -> None:
+    def __init__(self, reading: Reading, *, most: int, of_caller: int, poll_seconds: float) -> None:
         self._reading = reading
         self._most = most
+        self._of_caller = of_caller
         self._poll_seconds = poll_seconds
         self._watches: dict[str, _Watch] = {}
-        self._reserved = 0
+        self._open: Counter[str] = Counter()
 
     @property
     def open_streams(self) -> int:
         """Streams that are open."""
-        return self._reserved
+        return self._open.total()
 
     @property
     def watched(self) -> int:
         """Studies that someone watches; each is looked at by one task."""
         return len(self._watches)
 
-    def reserve(self) -> bool:
-        """Take a place for a stream, which :meth:`stream` gives back; False where there is none."""
-        if self._reserved >= self._most:
-            return False
-        self._reserved += 1
-        return True
+    def why_full(self, caller: str) -> str | None:
+        """Why a caller may open no further stream; None where it may."""
+        if self._open[caller] >= self._of_caller:
+            return f"{caller!r} has {self._of_caller} event streams open; close some, or try again later"
+        return "too many event streams are open; try again later" if self._open.total() >= self._most else None
 
-    async def stream(self, look: Look, is_admitted: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-        """What a reader of a study's events is sent, for whom a place was reserved."""
+    async def stream(
+        self, look: Look, caller: str, is_admitted: Callable[[], Awaitable[bool]]
+    ) -> AsyncIterator[bytes]:
+        """What a reader of a study's events is sent."""
         pending: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_PENDING)
         watch = self._watch(look)
         watch.readers.add(pending)
+        self._open[caller] += 1
         try:
-            yield _RETRY + watch.beginning()
-            checked = time.monotonic()
+            yield watch.beginning()
+            told = checked = time.monotonic()
             while True:
                 message = await _next(pending)
-                if time.monotonic() - checked >= QUIET_SECONDS:
+                now = time.monotonic()
+                if now - checked >= CHECK_SECONDS:
                     if not await is_admitted():
                         return
-                    checked = time.monotonic()
+                    checked = now
                 if message is None:
                     return
-                yield message
+                if message is not _NOTHING_NEW or now - told >= QUIET_SECONDS:
+                    told = now
+                    yield message
         finally:
-            self._reserved -= 1
+            self._open[caller] -= 1
+            self._open += Counter()  # forgets who has none
             watch.readers.discard(pending)
             if not watch.readers and self._watches.get(look.told.name) is watch:
                 del self._watches[look.told.name]
@@ -118,7 +129,7 @@ class _Watch:
             look = self._look
             self._beginning = b"".join(
                 [
-                    _event("study", _study(look)), _raw("front", look.front_json or b"null"),
+                    _RETRY, _event("study", _study(look)), _raw("front", look.front_json or b"null"),
                     _event("trials", _trials(look.trials[-FIRST_TRIALS:])), _event("workers", _workers(look)),
                 ]
             )  # fmt: skip
@@ -141,20 +152,22 @@ class _Watch:
                 return
             if look.mark != self._look.mark:
                 before, self._look, self._beginning = self._look, look, None
-                self._tell(_changes(before, look))
+                await self._tell(_changes(before, look))
 
-    def _tell(self, message: bytes) -> None:
-        for reader in list(self.readers):
+    async def _tell(self, message: bytes) -> None:
+        for count, reader in enumerate(list(self.readers), start=1):
             try:
                 reader.put_nowait(message)
             except asyncio.QueueFull:
                 _end(reader)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
 
 
 async def _next(pending: asyncio.Queue[bytes | None]) -> bytes | None:
     """The next message, or after a while one that tells nothing."""
     try:
-        async with asyncio.timeout(QUIET_SECONDS):
+        async with asyncio.timeout(CHECK_SECONDS):
             return await pending.get()
     except TimeoutError:
         return _NOTHING_NEW
@@ -171,7 +184,8 @@ def _changes(before: Look, look: Look) -> bytes:
     if look.front_json != before.front_json:
         messages.append(_changes_of_front(before, look))
     known = {trial.number: trial for trial in before.trials}
-    changed = [trial for trial in look.trials if known.get(trial.number) != trial]
+    same = (known.get(trial.number) for trial in look.trials)  # most are the very same object
+    changed = [trial for trial, other in zip(look.trials, same, strict=True) if trial is not other and trial != other]
     if changed:
         messages.append(_event("trials", _trials(changed)))
     if look.workers != before.workers:

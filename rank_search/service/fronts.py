@@ -44,7 +44,7 @@ def _content(kind: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any
 @router.get("/front", responses={**reading(404, 409), **_UNCHANGED}, response_model=Front)
 async def front(name: StudyName, context: Shared, known: _KnownTag = None) -> Response:
     """The front, without rank maps."""
-    look = await look_at(context, name)
+    look = await look_at(context, name, recent=True)
     prepared(look)
     tag = f'"{look.front_digest}"'
     if known == tag:

@@ -104,7 +104,8 @@ class Guard:
             if path == LOGIN:
                 self._check_failures(address)
             return None
-        caller = await self._caller(headers, address)
+        # A token that was revoked changes nothing from that moment on.
+        caller = await self._caller(headers, address, anew=method not in _SAFE)
         if caller is None:
             self._take(f"address {address}")
             raise _unknown(headers, path)
@@ -116,11 +117,11 @@ class Guard:
                 raise Refused(403, f"the request lacks the session's {CSRF_HEADER} header; see GET {LOGIN}")
         return caller
 
-    async def _caller(self, headers: dict[str, str], address: str) -> Caller | None:
+    async def _caller(self, headers: dict[str, str], address: str, *, anew: bool) -> Caller | None:
         if not self._settings.auth:
             return NOBODY
         authorization = headers.get("authorization")
-        caller = await self._access.caller(authorization, headers.get("cookie", ""))
+        caller = await self._access.caller(authorization, headers.get("cookie", ""), anew=anew)
         if caller is None and authorization is not None:  # who has a right token is not kept out by who has not
             self._check_failures(address)
             self.count_failure(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from rank_search.study.submissions import Submission, submission
 
 FRESH_SECONDS = 0.5
 """A look that is younger is not taken again."""
+RECENT_SECONDS = 2.0
+"""A look that is younger serves those who can do with a recent one, while the next one is taken."""
 _MOST_STUDIES = 32
 """Looks at so many studies are kept."""
 
@@ -67,37 +70,50 @@ class Reading:
     def __init__(self, store: StudyStore) -> None:
         self.store = store
         self._looks: OrderedDict[str, tuple[float, Look]] = OrderedDict()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._reads: dict[str, asyncio.Task[Look | None]] = {}
 
-    async def look(self, name: str) -> Look | None:
+    async def look(self, name: str, *, recent: bool = False) -> Look | None:
         """A study as it is now, or was less than :data:`FRESH_SECONDS` ago; None where there is none.
+
+        Args:
+            recent: a look that is younger than :data:`RECENT_SECONDS` will do.
 
         Raises:
             StorageError: the database cannot be reached.
         """
-        if (fresh := self._fresh(name)) is not None:
-            return fresh
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        try:
-            async with lock:
-                if (fresh := self._fresh(name)) is not None:
-                    return fresh
-                known = self._looks.get(name)
-                found = await to_thread.run_sync(self._read, name, None if known is None else known[1])
-                if found is not None:
-                    self._keep(name, found)
-                return found
-        finally:
-            if not lock.locked():
-                self._locks.pop(name, None)
+        taken, known = self._looks.get(name, (-math.inf, None))
+        age = time.monotonic() - taken
+        if age < FRESH_SECONDS:
+            return known
+        read = self._reads.get(name) or self._begin(name, known)
+        return known if recent and age < RECENT_SECONDS else await asyncio.shield(read)
 
     def forget(self, name: str) -> None:
         """Take a new look at a study next time: something was changed."""
         self._looks.pop(name, None)
+        self._reads.pop(name, None)  # it may have begun before the change
 
-    def _fresh(self, name: str) -> Look | None:
-        known = self._looks.get(name)
-        return known[1] if known is not None and time.monotonic() - known[0] < FRESH_SECONDS else None
+    async def close(self) -> None:
+        """Wait for looks that are being taken."""
+        await asyncio.gather(*self._reads.values(), return_exceptions=True)
+
+    def _begin(self, name: str, known: Look | None) -> asyncio.Task[Look | None]:
+        """Take a look, for all who ask until it is there."""
+
+        def end(read: asyncio.Task[Look | None]) -> None:
+            is_current = self._reads.get(name) is read
+            if is_current:
+                del self._reads[name]
+            # Asked for its error here, as nobody else may.
+            if read.cancelled() or read.exception() is not None:
+                return
+            found = read.result()
+            if is_current and found is not None:
+                self._keep(name, found)
+
+        begun = self._reads[name] = asyncio.create_task(to_thread.run_sync(self._read, name, known))
+        begun.add_done_callback(end)
+        return begun
 
     def _keep(self, name: str, look: Look) -> None:
         self._looks[name] = time.monotonic(), look

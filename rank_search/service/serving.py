@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 
@@ -13,7 +14,7 @@ from rank_search.service.asgi import App
 _HEADER_BYTES = 2**16
 _GRACE_SECONDS = 5
 _KEEP_ALIVE_SECONDS = 30
-_SWITCH_SECONDS = 0.001
+_SWITCH_SECONDS = 0.0002
 """Python's threads take turns so often: who reads the database must not keep the one that answers waiting."""
 
 
@@ -40,4 +41,6 @@ def serve(app: App, listening: socket.socket) -> None:
         timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="on",
     )  # fmt: skip
     sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # what is there stays; looking through it would keep everyone waiting for 50 ms now and then
     uvicorn.Server(config).run(sockets=[listening])

@@ -23,7 +23,7 @@ class Settings:
         most_studies: more are not taken on.
         body_bytes, study_bytes: most bytes of a request's body, and of a submitted study file.
         rate, burst: requests a second that one caller may make, on average and at once.
-        most_streams: event streams that may be open, and of one caller.
+        most_streams, caller_streams: event streams that may be open, and of one caller.
         poll_seconds: how often the database is looked at for a study that someone watches.
         dashboard: whether optuna-dashboard is mounted at ``/``.
     """
@@ -41,6 +41,7 @@ class Settings:
     rate: float = 50.0
     burst: int = 200
     most_streams: int = 500
+    caller_streams: int = 250
     poll_seconds: float = 1.0
     dashboard: bool = True
 

@@ -111,13 +111,13 @@ async def workers(name: StudyName, context: Shared) -> Workers:
 
 
 @router.get("/{name}/events", responses={**reading(404), **_EVENTS}, response_class=Response)
-async def events(name: StudyName, request: Request, context: Shared) -> Response:
+async def events(name: StudyName, request: Request, context: Shared, caller: Asking) -> Response:
     """Server-sent events of a study."""
     look = await look_at(context, name)
-    if not context.events.reserve():
-        raise HTTPException(503, "too many event streams are open; try again later", {"retry-after": "10"})
+    if (reason := context.events.why_full(caller.name)) is not None:
+        raise HTTPException(503, reason, {"retry-after": "10"})
     admits = request.app.state.still_admits
-    stream = context.events.stream(look, lambda: admits(request.scope))
+    stream = context.events.stream(look, caller.name, lambda: admits(request.scope))
     return StreamingResponse(stream, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 

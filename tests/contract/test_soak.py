@@ -35,7 +35,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def test_many_workers_lose_and_double_nothing(backend: str, storage: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "RANK_SEARCH_STORAGE": storage, "RANK_SEARCH_TEST_LAYERS": LAYERS, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "RANK_SEARCH_STORAGE": storage,
+        "RANK_SEARCH_TEST_LAYERS": LAYERS,
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "tests.contract.stand_in", str(TRIALS), str(SECONDS)]
     logs = [(tmp_path / f"{number}.log").open("w") for number in range(WORKERS[backend])]
     started = time.monotonic()

@@ -1,0 +1,186 @@
+"""Processes that are killed where it hurts: between two statements of a migration or of a claim, and in mid-write."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import Engine, event
+
+from rank_search.factors import bank as bank_module
+from rank_search.factors.bank import open_bank, open_or_build
+from rank_search.study.consistency import check_database
+from rank_search.study.engine import make_engine
+from rank_search.study.optuna_study import OptunaStudy
+from rank_search.study.records import State
+from rank_search.study.schema import alembic_config, ensure_schema, head, version_of
+from rank_search.study.space import random_params
+from rank_search.study.store import StudyStore
+from rank_search.study.warm_start import Carried
+from tests.contract.conftest import BACKENDS
+from tests.contract.synthetic import make_allocator, open_study, run_trials
+from tests.contract.test_leases import let_leases_run_out
+from tests.unit.test_bank import KEY
+from tests.unit.test_bank import _factors as make_factors
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """MariaDB commits every statement that makes a table; what is half made there is mended by a person."""
+    return str(request.param)
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_after(statements: int, storage: str) -> None:
+    """A process that makes the tables, and is killed before one of its statements that write."""
+    seen = [0]
+
+    def count(_c: object, _cursor: object, statement: str, *_: object) -> None:
+        seen[0] += statement.split()[0] in {"CREATE", "INSERT", "ALTER", "UPDATE"}
+        if seen[0] > statements:
+            die()
+
+    event.listen(Engine, "before_cursor_execute", count)
+    engine = make_engine(storage)
+    ensure_schema(engine)
+    engine.dispose()
+
+
+def run_and_see_it_die(processes: ForkServerContext, target: Callable[..., None], *arguments: object) -> bool:
+    process = processes.Process(target=target, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_making_the_tables_may_be_killed_anywhere(empty_storage: str, processes: ForkServerContext) -> None:
+    kills = 0
+    for statements in (0, 1, 3, 9, 20, 30, 40):
+        kills += run_and_see_it_die(processes, killed_after, statements, empty_storage)
+    assert kills >= 5  # later ones find more of it made
+    study = open_study(empty_storage, ladder=[0.5])
+    run_trials(study, 3)
+    study.close()
+    assert check_database(empty_storage) == ()
+
+
+def test_an_upgrade_may_be_killed_anywhere(storage: str, processes: ForkServerContext) -> None:
+    study = open_study(storage, ladder=[0.5])
+    run_trials(study, 3)
+    study.close()
+    with StudyStore(storage) as store:
+        before = [(trial.rank_map, trial.measurement) for trial in store.trials("tiny")]
+    engine = make_engine(storage)
+    with engine.begin() as connection:
+        command.downgrade(alembic_config(connection), "0002")
+    for statements in (0, 1, 2, 5, 8):
+        assert run_and_see_it_die(processes, killed_after, statements, storage)
+        assert version_of(engine) == "0002"  # all of it or nothing
+    ensure_schema(engine)
+    assert version_of(engine) == head()
+    engine.dispose()
+    with StudyStore(storage) as store:
+        assert [(trial.rank_map, trial.measurement) for trial in store.trials("tiny")] == before
+    assert check_database(storage) == ()
+
+
+def dies_unsigned(storage: str) -> None:
+    """A worker that is killed when it has claimed a trial and nobody knows yet that it has."""
+    OptunaStudy._sign = die  # type: ignore[method-assign, assignment]
+    open_study(storage, ladder=[0.5]).ask()
+
+
+def test_a_trial_whose_claim_nobody_signed_is_proposed_again(storage: str, processes: ForkServerContext) -> None:
+    open_study(storage, ladder=[0.5]).close()
+    assert run_and_see_it_die(processes, dies_unsigned, storage)
+    study = open_study(storage, ladder=[0.5])  # gives it a lease that nobody renews
+    study.reconcile()
+    assert [trial.number for trial in study._optuna.trials() if trial.state.name == "RUNNING"] == [0]
+    let_leases_run_out(storage)
+    proposals = run_trials_after_a_sweep(study)
+    study.close()
+    assert sorted(p.source for p in proposals[:2]) == ["closed form 0.5", "uniform 0.5"]
+    with StudyStore(storage) as store:
+        assert {trial.state for trial in store.trials("tiny")} == {State.COMPLETE}
+        assert store.front("tiny") == store.recompute_front("tiny")
+    assert check_database(storage) == ()
+
+
+def run_trials_after_a_sweep(study: object) -> list[object]:
+    study.reconcile()  # type: ignore[attr-defined]
+    return run_trials(study, 3)  # type: ignore[arg-type, return-value]
+
+
+WAITING = 60
+
+
+def claims(storage: str) -> list[tuple[int, str]]:
+    """A worker that claims trials until none waits any more."""
+    study = open_study(storage, ladder=[0.5])
+    found = []
+    try:
+        while True:
+            proposal = study.ask()
+            if proposal.source == "fitted":
+                study.requeue(proposal)
+                return found
+            found.append((proposal.number, proposal.source))
+    finally:
+        study.close()
+
+
+def test_eight_at_once_claim_sixty_waiting_trials_once_each(storage: str, processes: ForkServerContext) -> None:
+    study = open_study(storage, ladder=[0.5])
+    space, allocator = study._space, make_allocator()
+    rank_maps = {space.decode(random_params(space.distributions, str(n))) for n in range(4 * WAITING)}
+    chosen = sorted(rank_maps, key=lambda rank_map: rank_map.digest)[: WAITING - 2]
+    carried = [Carried(f"w{n}", allocator.space.kept_of_targets(one), one) for n, one in enumerate(chosen)]
+    assert study.warm_start(carried) == WAITING - 2
+    study.close()
+    with processes.Pool(8) as pool:
+        found = [pair for claimed in pool.map(claims, [storage] * 8, chunksize=1) for pair in claimed]
+    names = {"closed form 0.5", "uniform 0.5", *(f"w{n}" for n in range(WAITING - 2))}
+    # What a worker that has ended still held is proposed again to the others; nothing is claimed by two.
+    assert {source for _, source in found} == names
+    assert max(Counter(number for number, _ in found).values()) == 1
+
+
+def killed_in_write(folder: Path, where: str) -> None:
+    """A process that builds a bank, and is killed in its last steps."""
+    if where == "half a file":
+
+        def half(tensors: object, path: Path, metadata: object = None) -> None:
+            path.write_bytes(b"\0" * 1000)
+            die()
+
+        bank_module.save_file = half
+    else:
+        setattr(bank_module.os, "fsync", die)  # noqa: B010  (a module's)
+    open_or_build(folder, KEY, make_factors, {})
+
+
+@pytest.mark.parametrize("where", ["half a file", "a whole file, not yet in its place"])
+def test_a_bank_whose_builder_is_killed_is_built_by_the_next(
+    tmp_path: Path, processes: ForkServerContext, where: str
+) -> None:
+    for _ in range(2):
+        assert run_and_see_it_die(processes, killed_in_write, tmp_path, where)
+        assert open_bank(tmp_path, KEY) is None
+    built: list[int] = []
+
+    def build() -> object:
+        built.append(1)
+        return make_factors()
+
+    bank = open_or_build(tmp_path, KEY, build, {})  # type: ignore[arg-type]
+    assert built == [1]
+    assert [file.name for file in bank.path.parent.iterdir() if file.suffix != ".lock"] == [bank.path.name]
