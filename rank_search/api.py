@@ -349,11 +349,13 @@ def storage_url(storage: str | None, file: StudyFile | None) -> str:
         StorageError: none of them says it, or the file cannot be read.
     """
     url = given_storage(storage)
-    if url is None and file is None:
+    if url is not None:
+        return url
+    if file is None:
         raise StorageError(
-            f"no database is named: give --storage URL or set {STORAGE_VARIABLE}, or give a study by its file"
+            f"no database is named: give --storage URL or set {STORAGE_VARIABLE}, or name a study by its file"
         )
-    return file.default_storage if url is None and file is not None else str(url)
+    return file.default_storage
 
 
 def given_storage(storage: str | None) -> str | None:

@@ -40,8 +40,8 @@ def main() -> None:
         on_gpu = prepared.device.type == "cuda"
         for compiled, capture in ((False, False), (False, True), (True, True)) if on_gpu else ((False, False),):
             rows.append(_row(prepared, kept, args.steps, compiled=compiled, capture=capture))
+            write_report(args.json, prepared.device, prepared.spec.name, rows)
     print_table(rows)
-    write_report(args.json, prepared.device, prepared.spec.name, rows)
 
 
 def _row(prepared: Prepared, kept: float, steps: int, *, compiled: bool, capture: bool) -> dict[str, object]:

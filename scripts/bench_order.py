@@ -9,6 +9,7 @@ fine-tuned one by one from the untrained factors and scored again; Spearman's ra
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +37,24 @@ def main() -> None:
         parser.error(f'{args.study} must say finetune.mode = "nested"')
     sliced = evaluator_with(prepared, finetune.model_copy(update={"steps": 0, "tokens": None}))
     own = evaluator_with(prepared, finetune.model_copy(update={"mode": "own", "steps": args.own_steps, "tokens": None}))
-    rows = [
-        {"sliced_loss": round(sliced.measure(m).loss, 5), "own_loss": round(own.measure(m).loss, 5)}
-        for m in track(_rank_maps(prepared, args.kept, args.maps), "rank maps")
-    ]
-    correlation = float(spearmanr([r["sliced_loss"] for r in rows], [r["own_loss"] for r in rows]).statistic)
+    rows: list[dict[str, float]] = []
+    for rank_map in track(_rank_maps(prepared, args.kept, args.maps), "rank maps"):
+        losses = sliced.measure(rank_map).loss, own.measure(rank_map).loss
+        rows.append(dict(zip(("sliced_loss", "own_loss"), (round(loss, 5) for loss in losses), strict=True)))
+        write_report(  # after every row: what was measured outlasts an interrupt
+            args.json, prepared.device, prepared.spec.name, rows,
+            kept_of_targets=args.kept, own_steps=args.own_steps, spearman=_correlation(rows),
+        )  # fmt: skip
     print_table(rows)
-    print(f"Spearman's rank correlation: {correlation:.3f}")
-    write_report(
-        args.json, prepared.device, prepared.spec.name, rows,
-        kept_of_targets=args.kept, own_steps=args.own_steps, spearman=correlation,
-    )  # fmt: skip
+    print(f"Spearman's rank correlation: {_correlation(rows)}")
+
+
+def _correlation(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """Spearman's, of the two losses; None of fewer than three rank maps."""
+    if len(rows) < 3:
+        return None
+    columns = ([row[name] for row in rows] for name in ("sliced_loss", "own_loss"))
+    return round(float(spearmanr(*columns).statistic), 4)
 
 
 def _rank_maps(prepared: Prepared, kept: float, count: int) -> list[RankMap]:

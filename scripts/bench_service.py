@@ -7,7 +7,8 @@ A study is filled with trials of made-up losses on the shapes of SmolLM2-135M; n
 as a process of its own over SQLite, another process adds a trial every second, and this one opens so many event streams
 and then so many readers. Each reader asks for the front, waits --pause seconds and asks again (0: at once, which tells
 how much the service can do). Told are milliseconds to the whole answer, and the service's memory after a tenth of the
-time and at the end. --folder keeps the database for the next time.
+time and at the end, with points between. --folder keeps the database for the next time. Readers and followers use bare
+sockets: on the same cores, an HTTP client would take more time than the service.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import contextlib
 import json
 import os
 import platform
+import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from multiprocessing import Process
 from pathlib import Path
+from typing import Self
 
-import httpx2
 import numpy as np
 from bench_overhead import made_up_allocator
 
@@ -37,6 +41,7 @@ from rank_search.study.facts import StudyFacts
 from rank_search.study.study import Study
 
 NAME, BLOCKS = "large", 30
+FRONT, EVENTS = f"/v1/studies/{NAME}/front", f"/v1/studies/{NAME}/events"
 MORE = 10**6
 """Trials wanted: so many that the search beside does not end."""
 
@@ -122,63 +127,97 @@ def measure(url: str, folder: Path, args: argparse.Namespace) -> dict[str, objec
 
 
 async def _measure(address: str, pid: int, args: argparse.Namespace) -> dict[str, object]:
-    following = Process(
-        target=follow, args=(address, args.streams), daemon=True
-    )  # of its own: it keeps this one waiting
+    host, port = address.removeprefix("http://").split(":")
+    place = host, int(port)
+    following = Process(target=follow, args=(*place, args.streams), daemon=True)  # it would keep this one waiting
     following.start()
-    async with httpx2.AsyncClient(base_url=address, timeout=60, limits=httpx2.Limits(max_connections=None)) as client:
-        while (
-            args.streams and f"rank_search_event_streams {args.streams}.0" not in (await client.get("/v1/metrics")).text
-        ):
-            await asyncio.sleep(0.5)
-        front = (await client.get(f"/v1/studies/{NAME}/front")).json()
-        milliseconds: list[float] = []
-        end = time.monotonic() + args.seconds
-        readers = [asyncio.create_task(_read(client, milliseconds, end, args.pause)) for _ in range(args.readers)]
+    wanted = f"rank_search_event_streams {args.streams}.0".encode()
+    probe = await Connection.to(*place)
+    while wanted not in await probe.get("/v1/metrics"):
+        await asyncio.sleep(0.5)
+    front = json.loads(await probe.get(FRONT))
+    milliseconds: list[float] = []
+    memory: list[int] = []
+    end = time.monotonic() + args.seconds
+    connections = [await Connection.to(*place) for _ in range(args.readers)]
+    busy = _seconds_of(pid)
+    readers = [asyncio.create_task(_read(one, milliseconds, end, args.pause)) for one in connections]
+    for _ in range(10):
         await asyncio.sleep(args.seconds / 10)
-        early = _memory(pid)
-        await asyncio.gather(*readers)
-        late = _memory(pid)
+        memory.append(_memory(pid))
+    await asyncio.gather(*readers)
+    busy = _seconds_of(pid) - busy
     following.terminate()
     quantiles = statistics.quantiles(milliseconds, n=100)
     return {
         "trials": args.trials, "points": len(front["points"]), "readers": args.readers, "streams": args.streams,
         "seconds": args.seconds, "pause": args.pause, "answers": len(milliseconds),
         "median_ms": round(statistics.median(milliseconds), 1), "p99_ms": round(quantiles[98], 1),
-        "most_ms": round(max(milliseconds), 1), "memory_early_mb": round(early / 2**20),
-        "memory_late_mb": round(late / 2**20), "load": round(os.getloadavg()[0], 1),
+        "most_ms": round(max(milliseconds), 1), "busy_cores": round(busy / args.seconds, 2),
+        "memory_mb": [round(one / 2**20) for one in memory], "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 
-def follow(address: str, streams: int) -> None:
+@dataclass(frozen=True)
+class Connection:
+    """A connection that is kept open."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    host: str
+
+    @classmethod
+    async def to(cls, host: str, port: int) -> Self:
+        """Opened."""
+        return cls(*await asyncio.open_connection(host, port, limit=2**22), f"{host}:{port}")
+
+    def ask(self, path: str) -> None:
+        """Send a request."""
+        self.writer.write(f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n\r\n".encode())
+
+    async def head(self) -> bytes:
+        """The head of an answer."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head
+        return head
+
+    async def get(self, path: str) -> bytes:
+        """The body of an answer."""
+        self.ask(path)
+        length = re.search(rb"content-length: (\d+)", await self.head())
+        assert length is not None
+        return await self.reader.readexactly(int(length[1]))
+
+
+def follow(host: str, port: int, streams: int) -> None:
     """Read so many event streams, for ever."""
 
+    async def one() -> None:
+        connection = await Connection.to(host, port)
+        connection.ask(EVENTS)
+        await connection.head()
+        while await connection.reader.read(2**16):
+            pass
+
     async def all_of_them() -> None:
-        limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=address, limits=limits) as client:
-            await asyncio.gather(*(_follow(client) for _ in range(streams)))
+        await asyncio.gather(*(one() for _ in range(streams)))
 
     asyncio.run(all_of_them())
 
 
-async def _read(client: httpx2.AsyncClient, milliseconds: list[float], end: float, pause: float) -> None:
+async def _read(connection: Connection, milliseconds: list[float], end: float, pause: float) -> None:
+    await asyncio.sleep(random.uniform(0, pause))
     while time.monotonic() < end:
         started = time.perf_counter()
-        answer = await client.get(f"/v1/studies/{NAME}/front")
-        assert answer.status_code == 200
+        await connection.get(FRONT)
         milliseconds.append(1e3 * (time.perf_counter() - started))
         await asyncio.sleep(pause)
 
 
-async def _open_streams(client: httpx2.AsyncClient) -> int:
-    figures = (await client.get("/v1/metrics")).text.splitlines()
-    return int(float(next(line.split()[1] for line in figures if line.startswith("rank_search_event_streams "))))
-
-
-async def _follow(client: httpx2.AsyncClient) -> None:
-    async with client.stream("GET", f"/v1/studies/{NAME}/events", timeout=None) as answer:
-        async for _ in answer.aiter_bytes():
-            pass
+def _seconds_of(pid: int) -> float:
+    """Seconds that a process has kept a core busy."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(pid: int) -> int:

@@ -75,7 +75,7 @@ def serve(
 
     if launcher not in LAUNCHERS:
         raise InputError(f"--launcher must be one of {', '.join(LAUNCHERS)}, not {launcher!r}")
-    url = _storage(storage, _made_folder(folder))
+    url = _storage(storage, folder, make=True)
     needs_tokens = auth or not is_loopback(host)
     if needs_tokens:
         _require_token(url)
@@ -151,9 +151,7 @@ def create(
 
     if role not in set(Role):
         raise InputError(f"--role must be one of {', '.join(Role)}, not {role!r}")
-    if api.given_storage(storage) is None:
-        _made_folder(folder)
-    with StudyStore(_made(_storage(storage, folder))) as store:
+    with StudyStore(_made(_storage(storage, folder, make=True))) as store:
         typer.echo(create_token(store.engine, name, Role(role)))
 
 
@@ -183,9 +181,12 @@ def revoke(
     typer.echo(f"revoked {name}")
 
 
-def _storage(storage: str | None, folder: Path) -> str:
-    """The database that is named, else an SQLite file in the service's folder."""
-    return api.given_storage(storage) or f"sqlite:///{folder.resolve()}/studies.db"
+def _storage(storage: str | None, folder: Path, *, make: bool = False) -> str:
+    """The database that is named, else an SQLite file in the service's folder, which ``make`` makes."""
+    url = api.given_storage(storage)
+    if url is not None:
+        return url
+    return f"sqlite:///{(_made_folder(folder) if make else folder).resolve()}/studies.db"
 
 
 def _made_folder(folder: Path) -> Path:
@@ -218,7 +219,7 @@ def _require_token(url: str) -> None:
 
 def _root(path: Path) -> Path:
     if not path.is_dir():
-        raise InputError(f"--root {path} is no folder")
+        raise InputError(f"--root {path} is no folder; name one that is there")
     return path.resolve()
 
 

@@ -92,9 +92,13 @@ class _Search:
             front = api.front(self._file, storage=self._storage)
             status = api.status(self._file, storage=self._storage)
         except UnavailableError:  # the worker, whose trial is stored, waits for it
-            typer.echo(self._lines.line(outcome, on_front=False))
+            self._echo(outcome, on_front=False)
             return
-        on_front = any(point.trial == outcome.proposal.number for point in front)
+        self._echo(outcome, on_front=any(point.trial == outcome.proposal.number for point in front))
+        lowest = "" if status.best_loss is None else f"lowest loss {status.best_loss:.4f}"
+        self._progress.overall("trials", status.finished, self._wanted, lowest, self._left(outcome, status.finished))
+
+    def _echo(self, outcome: Outcome, *, on_front: bool) -> None:
         with self._progress.paused():
             if self.measured == 1:  # not before: whatever is to be refused has been by now
                 typer.echo(
@@ -103,8 +107,6 @@ class _Search:
                 typer.echo(self._lines.heading())
             typer.echo(self._lines.line(outcome, on_front=on_front))
             sys.stdout.flush()
-        lowest = "" if status.best_loss is None else f"lowest loss {status.best_loss:.4f}"
-        self._progress.overall("trials", status.finished, self._wanted, lowest, self._left(outcome, status.finished))
 
     def _left(self, outcome: Outcome, done: int) -> float | None:
         """Seconds to go, by the pace of all workers since the first trial of this one."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rank_search import api
-from rank_search.errors import CheckpointError, RankSearchError, StorageError
+from rank_search.errors import CheckpointError, RankSearchError, StorageError, one_line
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.launch import exits
 from rank_search.launch.stopping import Stopping, end_with_supervisor
@@ -55,9 +55,13 @@ def _do(store: StudyStore, storage: str, claimed: Job, progress: Progress) -> st
         with _renewed(store, claimed):
             result = _result(store, storage, claimed, progress)
     except StorageError:
-        raise
+        raise  # no fault of the job's: it is claimed again
     except RankSearchError as error:
         return f"failed: {error}" if fail_job(store.engine, claimed, str(error)) else "lost to another worker"
+    except Exception as error:
+        # A defect or too little memory: given back, it would stand before all other jobs again and again.
+        fail_job(store.engine, claimed, f"{type(error).__name__}: {one_line(error)}")
+        raise
     except BaseException:
         give_back_job(store.engine, claimed)
         raise

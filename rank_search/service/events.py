@@ -65,9 +65,7 @@ class Events:
             return f"{caller!r} has {self._of_caller} event streams open; close some, or try again later"
         return "too many event streams are open; try again later" if self._open.total() >= self._most else None
 
-    async def stream(
-        self, look: Look, caller: str, is_admitted: Callable[[], Awaitable[bool]]
-    ) -> AsyncIterator[bytes]:
+    async def stream(self, look: Look, caller: str, is_admitted: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
         """What a reader of a study's events is sent."""
         pending: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_PENDING)
         watch = self._watch(look)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from rank_search.progress import Progress
+from rank_search.progress import Preempted, Progress
 from rank_search.study.requests import Action
 
 STOPPED = "stopped on request; `rank-search resume` lets it go on"
@@ -34,9 +34,15 @@ class Heeding:
         self._waited = 0.0
 
     def stop_reason(self) -> str | None:
-        """Why the worker is to end here; None: it goes on, perhaps after a pause."""
+        """Why the worker is to end here; None: it goes on, perhaps after a pause.
+
+        Raises:
+            Preempted: the process was asked to end in a pause, where no trial needs its grace time.
+        """
         waited = 0.0
         while (action := self._study.take_requests()) is Action.PAUSE and waited < self._patience:
+            if self._progress.seconds_left() is not None:
+                raise Preempted
             if waited == 0.0:
                 self._progress.say("paused on request")
             self._sleep(_LOOK_SECONDS)

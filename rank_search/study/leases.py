@@ -89,10 +89,11 @@ def beats_of(session: Session, study_id: int) -> tuple[WorkerBeat, ...]:
     """The workers of a study, in the order in which they came."""
     leases = leases_of(session, study_id)
     trials = {lease.holder: lease.trial for lease in leases if lease.trial is not None}
-    first = {lease.holder: lease for lease in reversed(leases)}
+    first: dict[str, Lease] = {}
+    for lease in leases:
+        first.setdefault(lease.holder, lease)
     return tuple(
-        WorkerBeat(lease.holder, trials.get(lease.holder), lease.age, lease.has_run_out)
-        for lease in reversed(first.values())
+        WorkerBeat(lease.holder, trials.get(lease.holder), lease.age, lease.has_run_out) for lease in first.values()
     )
 
 

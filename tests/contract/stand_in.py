@@ -32,7 +32,9 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_supervisor()
     spool = os.environ.get("RANK_SEARCH_TEST_SPOOL")
-    allocator = make_allocator(int(os.environ.get("RANK_SEARCH_TEST_LAYERS", "3")))
+    larger = int(os.environ.get("RANK_SEARCH_TEST_LARGER", "1"))  # with as many more rank maps
+    groups = (("attn", 12 * larger, 12 * larger), ("mlp", 12 * larger, 20 * larger))
+    allocator = make_allocator(groups=groups, slower=larger)
     study = open_study(
         os.environ[STORAGE_VARIABLE], ladder=[0.5], lease=float(os.environ.get("RANK_SEARCH_TEST_LEASE", "120")),
         spool=Path(spool) if spool else None, patience=Patience(60.0, print),

@@ -20,16 +20,16 @@ from rank_search.study.study import Proposal, Study
 
 def make_allocator(
     layers: int = 3, groups: tuple[tuple[str, int, int], ...] = (("attn", 12, 12), ("mlp", 12, 20)), multiple: int = 1,
-    storage: Storage = "two-factor",
+    storage: Storage = "two-factor", slower: float = 1.0,
 ) -> Allocator:  # fmt: skip
-    """Blocks of a few layers whose predicted rises decay geometrically, each at its own pace."""
+    """Blocks of a few layers whose predicted rises decay geometrically, each at its own pace, or a ``slower`` one."""
     shapes = tuple(
         LayerShape(f"block.{depth}.{group}", m, n, group, depth) for depth in range(layers) for group, m, n in groups
     )
     tails = {}
     for index, shape in enumerate(shapes):
         decay = 0.5 + 0.4 * (index % 5) / 5
-        energies = decay ** np.arange(min(shape.m, shape.n)) * 0.05 * (1 + index)
+        energies = decay ** (np.arange(min(shape.m, shape.n)) / slower) * 0.05 * (1 + index)
         tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
     return Allocator(RankSpace(shapes, 5000, storage, multiple), tails)
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("RANK_SEARCH_TEST_SOAK", "100"))
 SECONDS = 0.05
 """Of a trial."""
-LAYERS = "24"
-"""Blocks of the made-up model: so many that hardly two proposals are one rank map."""
+LARGER = "40"
+"""Sides of the made-up model's layers: so large that hardly two proposals are one rank map."""
 WORKERS = {"postgresql": 16, "sqlite": 4}
 
 
@@ -38,7 +38,7 @@ def test_many_workers_lose_and_double_nothing(backend: str, storage: str, tmp_pa
     environment = {
         **os.environ,
         "RANK_SEARCH_STORAGE": storage,
-        "RANK_SEARCH_TEST_LAYERS": LAYERS,
+        "RANK_SEARCH_TEST_LARGER": LARGER,
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "tests.contract.stand_in", str(TRIALS), str(SECONDS)]

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import update
 
 from rank_search.errors import ConflictError, InputError, RankMapError
-from rank_search.progress import SILENT
+from rank_search.progress import SILENT, Preempted, Progress
 from rank_search.ranks import RankMap
 from rank_search.study import jobs
 from rank_search.study.heeding import PAUSED, STOPPED, Heeding
@@ -92,6 +92,13 @@ def test_workers_heed_what_is_asked_between_trials(storage: str, store: StudySto
     assert heeding.now() < before  # and its clock stood still
     ask_for(store.engine, "tiny", Action.PAUSE, "me")
     assert Heeding(study, SILENT, patience=2.0, sleep=lambda _: None).stop_reason() == PAUSED
+
+    class Asked(Progress):
+        def seconds_left(self) -> float | None:
+            return 30.0
+
+    with pytest.raises(Preempted):  # a signal in a pause: no trial needs the grace time
+        Heeding(study, Asked()).stop_reason()
     ask_for(store.engine, "tiny", Action.STOP, "me")
     assert heeding.stop_reason() == STOPPED
     study.close()

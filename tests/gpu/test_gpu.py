@@ -123,6 +123,34 @@ def test_recorded_steps_train_as_steps_run_one_by_one(tiny_study: StudyFactory, 
     torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("storage", ["two-factor", "pivoted"])  # the first leaves layers dense
+def test_compiled_steps_train_as_others_do(tiny_study: StudyFactory, storage: str) -> None:
+    prepared = _prepare(tiny_study(run={"device": "cuda"}, targets={"storage": storage}, finetune={"steps": 12}))
+    examples = Examples.of(prepared.loaded.task, prepared.splits.train.columns)
+    found = []
+    for compiled in (False, True):
+        spec = prepared.spec.finetune.model_copy(update={"compiled": compiled})
+        factors, rank_map = prepared.bank.on(prepared.device), prepared.allocator.closed_form(0.7)
+        heard = Heard()
+        with compressed(prepared.targets, factors, rank_map) as layers:
+            result = finetune(
+                prepared.model, list(layers.values()), examples, spec,
+                seed=0, targets=prepared.targets, progress=heard,
+            )  # fmt: skip
+        assert heard.lines == []
+        found.append(torch.tensor(result.losses))
+    torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=0)
+
+
+def test_a_compiled_nested_fine_tune_lowers_sliced_losses_as_others_do(tiny_study: StudyFactory) -> None:
+    losses = []
+    for compiled in (False, True):
+        nested = {"mode": "nested", "nested_steps": 30, "nested_ranges": 1, "learning_rate": 1e-2, "compiled": compiled}
+        prepared = _prepare(tiny_study(run={"device": "cuda"}, finetune=nested))
+        losses.append(Evaluator(prepared).measure(prepared.allocator.closed_form(0.5)).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 def test_a_step_that_cannot_be_recorded_is_run_as_usual() -> None:
     weight = torch.ones(3, device="cuda")
 
