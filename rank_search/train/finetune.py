@@ -67,7 +67,7 @@ def finetune(
             return FinetuneResult(())
         with (
             _requiring_grad([parameter for group in groups for parameter in group.parameters]),
-            fused_if_worth_it(model, targets, spec, groups[0].parameters[0].device) as copies,
+            fused_if_worth_it(model, targets, spec, groups[0].parameters[0].device, progress) as copies,
         ):
             losses = train_steps(
                 model, groups, examples, spec, steps, seed=seed, title="fine-tune", progress=progress,
@@ -77,11 +77,11 @@ def finetune(
 
 
 def fused_if_worth_it(
-    model: nn.Module, targets: Sequence[Target], spec: FinetuneSpec, device: torch.device
+    model: nn.Module, targets: Sequence[Target], spec: FinetuneSpec, device: torch.device, progress: Progress
 ) -> AbstractContextManager[Copies]:
     """The model fused inside the block, where that is asked for and possible: on a GPU, with factors trained alone."""
     if device.type == "cuda" and spec.compiled and spec.train == "factors" and can_fuse(targets):
-        return fused(model, targets)
+        return fused(model, targets, progress=progress)
     return nullcontext(NO_COPIES)
 
 

@@ -25,9 +25,13 @@ from rank_search.compress.low_rank import LowRankLinear
 from rank_search.compress.nested_linear import NestedLinear
 from rank_search.cross_entropy import compiled_pieces
 from rank_search.model.targets import Target, bias_of, weight_matrix
+from rank_search.progress import SILENT, Progress
 
 RECOMPILES = 64
 """Of one block's code in a process, before it runs uncompiled. Kinds of blocks should need them, not ranks."""
+
+_known: set[type[nn.Module]] = set()
+"""Kinds of blocks that this process has compiled."""
 
 _UNUSED = 2
 """Sides of what stands for a tensor that a layer does not have; 0 and 1 would be constants to the compiler."""
@@ -186,7 +190,12 @@ def can_fuse(targets: Sequence[Target]) -> bool:
 
 @contextmanager
 def fused(
-    model: nn.Module, targets: Sequence[Target], *, backend: str = "inductor", dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    backend: str = "inductor",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress = SILENT,
 ) -> Iterator[Copies]:
     """``model`` compiled and on copies of its factors inside the block; as it was before, after it.
 
@@ -212,6 +221,10 @@ def fused(
                 copies.copies.extend((made.inner, made.outer))
         setattr(parent, name, hidden[id(layer)])
     blocks = blocks_of(model)
+    kinds = {type(block) for block in blocks}
+    if kinds - _known:
+        progress.say("compiling the model's blocks, once a process; the first step takes 10 to 20 s")
+        _known.update(kinds)
     try:
         with (
             compiled_pieces(),

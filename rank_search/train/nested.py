@@ -108,7 +108,7 @@ def nested_finetune(
     place(targets, layers)
     try:
         groups = _groups(layers, wanted, targets, spec)
-        with fused_if_worth_it(model, targets, spec, device) as copies:
+        with fused_if_worth_it(model, targets, spec, device, progress) as copies:
             losses = train_steps(
                 model, groups, examples, spec, steps, seed=seed, title="nested fine-tune",
                 progress=progress, before_step=lambda index: now.copy_(ranks[index]), copies=copies,

@@ -137,7 +137,7 @@ def test_no_clock_but_the_databases_counts(storage: str, monkeypatch: pytest.Mon
             study.reconcile()
     with StudyStore(storage) as store:
         beats = store.status("tiny").workers
-    assert [(beat.worker.partition(":")[0], beat.trial) for beat in beats] == [("early", 0), ("late", 1)]
+    assert [beat.trial for beat in beats] == [0, 1]
     assert all(0 <= beat.age < 2 and not beat.is_silent for beat in beats)
     for study, proposal in zip(studies, held, strict=True):
         study.tell(proposal, measure(proposal.rank_map))
@@ -259,6 +259,20 @@ def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
     assert lines[-1] == "trial 1 failed: validation loss is nan"
     study.close()
     gone.close()
+
+
+def test_workers_are_told_in_the_order_in_which_they_came(storage: str) -> None:
+    studies = []
+    for host in ("first", "second", "third"):
+        with elsewhere(host):
+            studies.append(open_study(storage, **LADDER))
+    held = [studies[1].ask(), studies[0].ask()]
+    with StudyStore(storage) as store:
+        beats = store.status("tiny").workers
+    told = [(beat.worker.partition(":")[0], beat.trial) for beat in beats]
+    assert told == [("first", held[1].number), ("second", held[0].number), ("third", None)]
+    for study in studies:
+        study.close()
 
 
 def test_a_named_lease_has_one_holder_until_it_runs_out(storage: str) -> None:

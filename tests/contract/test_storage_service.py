@@ -10,6 +10,8 @@ import pytest
 from sqlalchemy import update
 
 from rank_search.errors import ConflictError, InputError, RankMapError
+from rank_search.launch import exits
+from rank_search.launch.job_worker import do_jobs
 from rank_search.progress import SILENT, Preempted, Progress
 from rank_search.ranks import RankMap
 from rank_search.study import jobs
@@ -221,6 +223,42 @@ def test_a_job_that_was_given_back_has_all_its_attempts_left(storage: str, store
         assert claimed is not None
         assert claimed.attempt == 1
         assert jobs.give_back_job(store.engine, claimed)
+
+
+def test_a_job_over_which_a_defect_shows_fails_and_does_not_stand_before_the_others(
+    storage: str, store: StudyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_study(storage, ladder=[0.5]).close()
+    for trial in (0, 1):
+        jobs.add_job(store.engine, "tiny", trial, "apply", {}, tmp_path, "me")
+
+    def result(_store: StudyStore, _storage: str, claimed: jobs.Job, _progress: Progress) -> dict[str, float]:
+        if claimed.trial == 0:
+            raise RuntimeError("out of\nmemory")
+        return {}
+
+    monkeypatch.setattr("rank_search.launch.job_worker._result", result)
+    with pytest.raises(RuntimeError):
+        do_jobs(storage)
+    assert do_jobs(storage) == exits.DONE
+    first, second = jobs.jobs(store.engine, "tiny")
+    assert (first.state, first.reason) == (JobState.FAILED, "RuntimeError: out of memory")
+    assert second.state is JobState.DONE
+
+
+def test_a_job_of_a_preempted_worker_is_given_back(
+    storage: str, store: StudyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_study(storage, ladder=[0.5]).close()
+    jobs.add_job(store.engine, "tiny", 0, "apply", {}, tmp_path, "me")
+
+    def preempted(*_: object) -> None:
+        raise Preempted
+
+    monkeypatch.setattr("rank_search.launch.job_worker._result", preempted)
+    assert do_jobs(storage) == exits.PREEMPTED
+    (job,) = jobs.jobs(store.engine, "tiny")
+    assert (job.state, job.attempt) == (JobState.WAITING, 0)
 
 
 def test_no_more_jobs_wait_than_allowed(

@@ -137,7 +137,7 @@ def test_compiled_steps_train_as_others_do(tiny_study: StudyFactory, storage: st
                 prepared.model, list(layers.values()), examples, spec,
                 seed=0, targets=prepared.targets, progress=heard,
             )  # fmt: skip
-        assert heard.lines == []
+        assert not any("recorded" in line for line in heard.lines)
         found.append(torch.tensor(result.losses))
     torch.testing.assert_close(found[0], found[1], rtol=5e-3, atol=0)
 

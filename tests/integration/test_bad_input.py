@@ -322,3 +322,43 @@ def test_full_disk_leaves_no_half_bank(tmp_path: Path, make_study: MakeStudy) ->
     assert [path.suffix for path in (tmp_path / "work" / "banks").iterdir()] == [".lock"]
     assert not (tmp_path / "tiny.db").exists()
     assert rank_search("run", study, "--trials", "1").code == 0
+
+
+@pytest.mark.parametrize("command", ["pause", "resume", "stop"])
+def test_what_is_asked_of_a_study_that_is_not_there(searched: Path, command: str) -> None:
+    database = next(searched.rglob("*.db"))
+    refused(searched, command, "nobody", "--storage", f"sqlite:///{database}", says=("'nobody'", "known are tiny"))
+    refused(searched, command, "nobody", says=("no database is named", "--storage URL"))
+    refused(searched, command, "nobody", "--storage", f"sqlite:///{searched}/no.db", says=("no database", "no.db"))
+    refused(searched, command, searched / "no.toml", says=("no.toml", "No such file"))
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["revoke", "ci"]])
+def test_tokens_of_a_service_that_is_not_there(tmp_path: Path, arguments: list[str]) -> None:
+    folder = tmp_path / "service"
+    refused(tmp_path, "token", *arguments, "--folder", folder, says=("there is no database", "studies.db"))
+    assert not folder.exists()
+
+
+def test_tokens_that_cannot_be(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    assert rank_search("token", "create", "ci", "--storage", storage).code == 0
+    refused(tmp_path, "token", "create", "ci", "--storage", storage, says=("'ci'", "already"))
+    refused(tmp_path, "token", "create", "a b", "--storage", storage, says=("'a b'", "letters"))
+    refused(tmp_path, "token", "create", "a", "--role", "admin", "--storage", storage, says=("'admin'", "read, write"))
+    refused(tmp_path, "token", "revoke", "cd", "--storage", storage, says=("'cd'", "token list"))
+
+
+@pytest.mark.parametrize("arguments", [["token", "create", "ci"], ["token", "list"], ["serve", "--port", "0"], ["jobs"]])
+def test_a_secret_that_cannot_be_read_is_not_replaced_by_another_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("RANK_SEARCH_STORAGE_FILE", str(tmp_path / "secret"))
+    monkeypatch.chdir(tmp_path)
+    refused(tmp_path, *arguments, says=("RANK_SEARCH_STORAGE_FILE", "secret", "No such file"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_of_a_database_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path, "jobs", says=("no database is named", "--storage URL"))
+    refused(tmp_path, "jobs", "--storage", f"sqlite:///{tmp_path}/no.db", says=("no database", "no.db"))
