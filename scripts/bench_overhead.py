@@ -1,14 +1,14 @@
 """What a study costs beside its measurements: sampling and storing a trial, reading the front, resuming.
 
-    python scripts/bench_overhead.py [--storage sqlite,postgresql] [--trials 0,500,2000] [--blocks 30]
+    python scripts/bench_overhead.py [--storage sqlite,postgresql] [--trials 0,500,2000] [--blocks 30,60]
         [--space multipliers] [--sampler tpe] [--json FILE]
 
-A study is filled with trials of made-up losses on the shapes of SmolLM2-135M (7 linear layers in each of --blocks
-blocks), through the same calls as a worker's; no model is loaded. At each number of finished trials the next 20 are
-timed (the median of their seconds; `processor_ms` is the processor time of this process alone, making up losses
+For each number of blocks, a study is filled with trials of made-up losses on the shapes of SmolLM2-135M (7 linear
+layers in a block), through the same calls as a worker's; no model is loaded. At each number of finished trials the next
+20 are timed (the median of their seconds; `processor_ms` is the processor time of this process alone, making up losses
 included, which other processes on the machine disturb less), and then `front`, `status` and opening the study again.
-PostgreSQL is an embedded server on this host, or the one
-of RANK_SEARCH_TEST_POSTGRES. Rows of FILE that are not measured anew stay in it.
+PostgreSQL is an embedded server on this host, or the one of RANK_SEARCH_TEST_POSTGRES. Rows of FILE that are not
+measured anew stay in it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rs-") as folder:
         for kind in args.storage:
             with _database(kind, Path(folder)) as url:
-                rows += _rows(kind, url, args)
+                for blocks in args.blocks:
+                    rows += _rows(kind, url, blocks, args)
     print_table(rows)
     if args.json is not None:
         others = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
@@ -64,10 +65,10 @@ def _key(row: Mapping[str, object]) -> tuple[object, ...]:
     return tuple(row[name] for name in ("storage", "space", "sampler", "layers", "trials"))
 
 
-def _rows(kind: str, url: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    allocator = made_up_allocator(args.blocks)
+def _rows(kind: str, url: str, blocks: int, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    allocator = made_up_allocator(blocks)
     search = {"space": args.space, "sampler": args.sampler, "seed": 0}
-    spec = parse_study({"name": "overhead", "model": {"source": "none"}, "search": search}, where="bench")
+    spec = parse_study({"name": f"overhead-{blocks}", "model": {"source": "none"}, "search": search}, where="bench")
     facts = _facts(allocator)
     random = np.random.default_rng(0)
     done, first = 0, time.perf_counter()
@@ -99,7 +100,7 @@ def _rows(kind: str, url: str, args: argparse.Namespace) -> Iterator[dict[str, o
             "processor_ms": round(1e3 * processor, 1),
             "front_s": round(front, 3), "status_s": round(status, 3), "resume_s": round(opened + resumed, 3),
         }  # fmt: skip
-        print(f"{kind}: {done} trials after {time.perf_counter() - first:.0f} s", flush=True)
+        print(f"{kind}, {blocks} blocks: {done} trials after {time.perf_counter() - first:.0f} s", flush=True)
     study.close()
 
 
@@ -179,7 +180,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--storage", type=lambda text: text.split(","), default=["sqlite", "postgresql"])
     parser.add_argument("--trials", type=lambda text: [int(n) for n in text.split(",")], default=[0, 500, 2000])
-    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--blocks", type=lambda text: [int(n) for n in text.split(",")], default=[30])
     parser.add_argument("--space", default=StudySpec.model_fields["search"].default.space)
     parser.add_argument("--sampler", default=StudySpec.model_fields["search"].default.sampler)
     parser.add_argument("--json", type=Path)

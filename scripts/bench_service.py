@@ -70,7 +70,7 @@ def open_study(url: str) -> tuple[Study, RankSpace]:
     search = {"sampler": "random", "space": "multipliers", "trials": MORE}
     spec = parse_study({"name": NAME, "model": {"source": "org/none"}, "search": search}, where="bench")
     facts = StudyFacts(
-        source="none", revision=None, weights_digest="", shapes=allocator.space.shapes,
+        source="none", revision=None, weights_digest="none", shapes=allocator.space.shapes,
         model_params=allocator.space.model_params, calibration_digest="", bank="",
     )  # fmt: skip
     return Study.open(spec, url, allocator, facts), allocator.space

@@ -98,7 +98,7 @@ class ServiceFleet:
                 try:
                     self._tick()
                     self._trouble = ""
-                except StorageError as error:  # an outage: workers that are there go on
+                except InputError as error:  # of the database or the engine: workers that are there go on
                     if str(error) != self._trouble:
                         self._trouble = str(error)
                         print(f"rank-search: {error}", file=sys.stderr, flush=True)

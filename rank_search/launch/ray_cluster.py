@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -31,6 +32,8 @@ _LOST = -1
 _WAIT_SECONDS = 10.0
 _THREADS = 4
 """Of an actor: one runs the worker, others answer beside it."""
+_PYTHON = "python"
+"""Stands for the interpreter of an actor's node: it has loaded this package, which one on the PATH there may lack."""
 
 
 class RayOptions(Options):
@@ -68,10 +71,11 @@ class WorkerActor:
         if self._stopping:
             return exits.PREEMPTED
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable if self._command[0] == _PYTHON else self._command[0], *self._command[1:]]
         environment = {**os.environ, **self._environment, SUPERVISOR_VARIABLE: str(os.getpid())}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,
             )  # fmt: skip
         return self._process.wait()
@@ -118,6 +122,9 @@ class RayLauncher:
         command: of a worker; None takes the job's.
     """
 
+    _on_our_connection: ClassVar[set[RayLauncher]] = set()
+    """Who uses a connection that was made here; the last one closes it."""
+
     def __init__(
         self, job: Job, measured: Callable[[str], int], options: RayOptions, *, on_cpu: bool,
         command: Sequence[str] | None = None, environment: Mapping[str, str] | None = None,
@@ -126,11 +133,10 @@ class RayLauncher:
         self._measured = measured
         self._options = options
         self._on_cpu = on_cpu
-        self._command = tuple(command or job.command(options.study, python="python"))
+        self._command = tuple(command or job.command(options.study, python=_PYTHON))
         self._environment = {STORAGE_VARIABLE: job.storage, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._actors: list[_Actor] = []
         self._stops = 0
-        self._ours = False
 
     @classmethod
     def of(cls, job: Job, measured: Callable[[str], int], options: Mapping[str, str], *, on_cpu: bool) -> RayLauncher:
@@ -160,9 +166,15 @@ class RayLauncher:
                     f"Ray at {self._options.address!r}: {one_line(error)}; `ray start` one, or give "
                     "--option address=local"
                 ) from None
-            self._ours = True
-        self._refuse_sqlite_on_many_hosts()
-        gpus, count = self._share_out(int(ray.cluster_resources().get("GPU", 0)))
+            self._on_our_connection.add(self)
+        elif self._on_our_connection:
+            self._on_our_connection.add(self)
+        try:
+            self._refuse_sqlite_on_many_hosts()
+            gpus, count = self._share_out(int(ray.cluster_resources().get("GPU", 0)))
+        except InputError:
+            self.kill()
+            raise
         for index in range(count):
             actor = _Actor(str(index), self._job.logs / f"{self._job.name}.worker-{index}.log")
             actor.handle = (
@@ -208,9 +220,10 @@ class RayLauncher:
             if actor.handle is not None:
                 ray.kill(actor.handle, no_restart=True)
                 actor.handle = None
-        if self._ours:
-            ray.shutdown()
-            self._ours = False
+        if self in self._on_our_connection:
+            self._on_our_connection.remove(self)
+            if not self._on_our_connection:
+                ray.shutdown()
 
     def _run(self, actor: _Actor) -> None:
         actor.running, actor.asked, actor.place = actor.handle.run.remote(), None, None

@@ -57,7 +57,7 @@ class Stopping:
         return _Watching(progress, self)
 
     def measuring(self) -> None:
-        """A trial is under way, and from now on there is always one."""
+        """A trial is under way, and from now on there is always one but in pauses, which heed the signal themselves."""
         self._measuring = True
 
     def seconds_left(self) -> float | None:

@@ -22,6 +22,9 @@ _OF_RUN = frozenset(
 )  # fmt: skip
 """Keys of ``[run]`` that may be set from elsewhere: neither folders nor places to fetch from."""
 
+_MOST_DOTS = 500
+"""In a line of TOML: a key takes time with the square of its parts, 8 s for 64 KiB."""
+
 
 def read_toml(content: bytes) -> dict[str, Any]:
     """The tables of a TOML body.
@@ -29,6 +32,8 @@ def read_toml(content: bytes) -> dict[str, Any]:
     Raises:
         StudyFileError: it is none.
     """
+    if max((line.count(b".") for line in content.splitlines()), default=0) > _MOST_DOTS:
+        raise StudyFileError(f"{WHERE} has a line with more than {_MOST_DOTS} dots; break it up")
     try:
         return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:

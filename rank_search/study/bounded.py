@@ -67,10 +67,14 @@ class BoundedStorage(BaseStorage):
         storage = self._cached if trial_id in self._created else self._all
         storage.set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
+    def forget(self, trial_id: int) -> None:
+        """Let go of what is only needed of a trial that runs."""
+        self._created.discard(trial_id)
+
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As the database does."""
         if state.is_finished():
-            self._created.discard(trial_id)
+            self.forget(trial_id)
         return self._cached.set_trial_state_values(trial_id, state, values)
 
     # The rest is handed on.

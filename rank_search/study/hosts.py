@@ -7,7 +7,6 @@ from sqlalchemy.engine import URL
 from rank_search.errors import StorageError
 from rank_search.study.engine import make_engine, parse_url, sqlite_file
 from rank_search.study.liveness import WorkerId
-from rank_search.study.records import State
 from rank_search.study.schema import has_schema
 from rank_search.study.store import StudyStore
 
@@ -32,12 +31,15 @@ def refuse_other_hosts(storage: str | URL, name: str) -> None:
     with StudyStore(storage) as store:
         if name not in store.studies():
             return
-        others = {WorkerId.parse(trial.worker).host for trial in store.trials(name) if trial.state is State.RUNNING} - {
-            here
-        }
+        # Not by its trials: those of a host that is gone, such as a container by its random name, run forever.
+        beats = store.status(name).workers
+    others = {WorkerId.parse(beat.worker).host: beat.age for beat in beats if not beat.is_silent}
+    others.pop(here, None)
     if others:
+        host = min(others)
         raise StorageError(
-            f"study {name!r} has trials running on host {min(others)}, and an SQLite database is for one; {_WAY_OUT}"
+            f"study {name!r} has a worker on host {host}, last heard of {others[host]:.0f} s ago, and an SQLite "
+            f"database is for one; {_WAY_OUT}"
         )
 
 

@@ -20,6 +20,7 @@ from rank_search.errors import StorageError, StudyFileError, StudyMismatchError
 from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
 from rank_search.study.bounded import BoundedStorage
+from rank_search.study.ending import end_trial
 from rank_search.study.engine import (
     READ_ONLY,
     WRITING,
@@ -250,21 +251,18 @@ class OptunaStudy:
         attrs: Mapping[str, Any],
         excess: Mapping[str, float],
     ) -> None:
+        # The rank map is thousands of characters, for which a dashboard has no room.
+        shown_attrs = {key: value for key, value in attrs.items() if key != "rank_map"}
+        hidden: dict[str, Any] = {RANK_MAP: attrs["rank_map"]} if "rank_map" in attrs else {}
+        # What Trial.set_constraint writes; a Trial made for it would sample and claim once more.
+        hidden |= {f"constraints:{goal}": missed_by for goal, missed_by in excess.items()}
         with self._translated():
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
             try:
-                for key, value in attrs.items():
-                    if key == "rank_map":  # thousands of characters, for which a dashboard has no room
-                        self._storage.set_trial_system_attr(trial_id, RANK_MAP, value)
-                    else:
-                        self._storage.set_trial_user_attr(trial_id, key, value)
-                for goal, missed_by in excess.items():
-                    # What Trial.set_constraint does; a Trial made for it would sample and claim once more.
-                    self._storage.set_trial_system_attr(trial_id, f"constraints:{goal}", missed_by)
-                # What Study.tell does, but for reading the trial three times; no sampler here waits for its end.
-                self._storage.set_trial_state_values(trial_id, state, values)
+                end_trial(self._rdb, trial_id, state, values, shown_attrs, hidden)
             except UpdateFinishedTrialError:
                 return  # it has ended already, or another process has told the same measurement since
+            self._storage.forget(trial_id)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

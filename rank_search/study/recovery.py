@@ -77,13 +77,16 @@ class Recovery:
             leases = self.leases.of_study(self.name)
             of_trials = {lease.trial: lease for lease in leases if lease.trial is not None}
             of_workers = {lease.holder: lease for lease in leases if lease.trial is None}
-            for trial in self.optuna.trials(TrialState.RUNNING):
+            running = self.optuna.trials(TrialState.RUNNING)
+            for trial in running:
                 row = self.store.trial(self.name, trial.number)
                 if row is not None and row.state is not State.RUNNING:
                     self.end_in_optuna(row)
                 else:
                     self._look_at(trial, row, of_trials, of_workers)
             self._cut_off.clear()
+            for number in of_trials.keys() - {trial.number for trial in running}:
+                self.leases.drop(self.name, number)  # granted before its worker had a row for it, and skipped it
             for holder, lease in of_workers.items():
                 if self._why_gone(holder, lease):
                     self.leases.leave(self.name, holder)

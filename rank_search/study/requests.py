@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from rank_search.errors import ConflictError, RankMapError, StorageError
@@ -43,13 +44,21 @@ def ask_for(engine: Engine, study: str, action: Action, asked_by: str) -> None:
     Raises:
         StorageError: the database cannot be reached or written.
     """
-    with translated(engine.url), Session(engine) as session, session.begin():
+    with translated(engine.url):
+        try:
+            _ask_for(engine, study, action, asked_by)
+        except IntegrityError:  # of two that ask first at once, the unique name refuses one; now there is a row
+            _ask_for(engine, study, action, asked_by)
+
+
+def _ask_for(engine: Engine, study: str, action: Action, asked_by: str) -> None:
+    with Session(engine) as session, session.begin():
         set_action(session, study, action, asked_by)
 
 
 def set_action(session: Session, study: str, action: Action, asked_by: str) -> None:
     """As :func:`ask_for`, in a transaction of the caller's."""
-    row = session.get(RequestRow, study, with_for_update=True)
+    row = session.get(RequestRow, study)  # not locked: MySQL would lock the gap of one that is missing, and deadlock
     if row is None:
         session.add(RequestRow(study=study, action=action, asked_by=asked_by, created=datetime.now(UTC)))
     else:

@@ -64,9 +64,9 @@ def run_and_see_it_die(processes: ForkServerContext, target: Callable[..., None]
 
 def test_making_the_tables_may_be_killed_anywhere(empty_storage: str, processes: ForkServerContext) -> None:
     kills = 0
-    for statements in (0, 1, 3, 9, 20, 30, 40):
+    for statements in (0, 9, 25):
         kills += run_and_see_it_die(processes, killed_after, statements, empty_storage)
-    assert kills >= 5  # later ones find more of it made
+    assert kills >= 2  # later ones find more of it made
     study = open_study(empty_storage, ladder=[0.5])
     run_trials(study, 3)
     study.close()
@@ -82,7 +82,7 @@ def test_an_upgrade_may_be_killed_anywhere(storage: str, processes: ForkServerCo
     engine = make_engine(storage)
     with engine.begin() as connection:
         command.downgrade(alembic_config(connection), "0002")
-    for statements in (0, 1, 2, 5, 8):
+    for statements in (0, 4):
         assert run_and_see_it_die(processes, killed_after, statements, storage)
         assert version_of(engine) == "0002"  # all of it or nothing
     ensure_schema(engine)

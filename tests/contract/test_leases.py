@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
 from rank_search.cli.tables import status_lines
 from rank_search.errors import LeaseLostError, OutOfPatienceError, StorageError, UnavailableError
@@ -24,13 +25,13 @@ from rank_search.study.clock import database_now
 from rank_search.study.consistency import check_database
 from rank_search.study.engine import make_engine
 from rank_search.study.heartbeat import Heartbeat
-from rank_search.study.leases import Leases
+from rank_search.study.leases import Leases, add_lease
 from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.recovery import MAX_REQUEUES
 from rank_search.study.store import StudyStore
 from rank_search.study.study import Study
-from rank_search.study.tables import LeaseRow
+from rank_search.study.tables import LeaseRow, StudyRow
 from tests.contract.synthetic import measure, open_study, run_trials
 
 LADDER = {"ladder": [0.8, 0.5]}
@@ -195,6 +196,19 @@ def test_a_trial_without_a_lease_gets_one_that_its_worker_may_renew(storage: str
     assert states(storage) == [State.REQUEUED]
     study.close()
     old.close()
+
+
+def test_a_lease_on_a_trial_that_has_ended_is_dropped(storage: str) -> None:
+    """As of one that was granted to a trial without a row, which its worker then skipped."""
+    study = open_study(storage, **LADDER)
+    ended = run_trials(study, 1)[0].number
+    engine = make_engine(storage)
+    with Session(engine) as session, session.begin():
+        add_lease(session, session.scalars(select(StudyRow.id)).one(), ended, "unknown:0:", 60)
+    engine.dispose()
+    study.reconcile()
+    assert count_leases(storage) == 1  # the worker's own
+    study.close()
 
 
 def test_a_trial_over_which_workers_fall_silent_again_and_again_fails(storage: str) -> None:

@@ -34,7 +34,7 @@ def other(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
         yield url
 
 
-def fill(storage: str, name: str = "tiny", sampler: str = "tpe") -> None:
+def fill(storage: str, name: str = "tiny", sampler: str = "fitted") -> None:
     """A study with measurements, a failure, a requeued trial that waits, and one that runs."""
     study = open_study(storage, name, sampler=sampler, ladder=[0.5])
     run_trials(study, 3)
@@ -50,9 +50,10 @@ def rows(engine: Engine, name: str) -> list[tuple[str, dict[str, object]]]:
         return list(rows_of(connection, name))
 
 
-def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str, other: str) -> None:
+@pytest.mark.parametrize("sampler", ["fitted", "tpe"])
+def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str, other: str, sampler: str) -> None:
     open_study(storage, "first").close()  # so that ids differ
-    fill(storage)
+    fill(storage, sampler=sampler)
     assert load_study(other, dump_study(storage, "tiny"), "the file") == "tiny"
     with StudyStore(storage) as here, StudyStore(other) as there:
         assert there.study("tiny") == here.study("tiny")
@@ -63,7 +64,7 @@ def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str
     assert check_database(other) == ()
     proposals = []
     for url in (storage, other):
-        study = open_study(url, sampler="tpe", ladder=[0.5])
+        study = open_study(url, sampler=sampler, ladder=[0.5])
         proposals.append([(p.number, p.source, p.rank_map) for p in run_trials(study, 3)])
         study.close()
     assert proposals[0] == proposals[1]

@@ -76,6 +76,13 @@ def test_resuming_opens_a_submission_again(store: StudyStore) -> None:
     assert (found.fate, found.reason, asked_for(store.engine, "new")) == (Fate.OPEN, None, Action.RUN)
 
 
+def test_several_may_be_the_first_to_ask_something_of_a_study(store: StudyStore) -> None:
+    for number in range(10):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda action: ask_for(store.engine, f"study{number}", action, "me"), [*Action, Action.STOP]))  # noqa: B023
+        assert asked_for(store.engine, f"study{number}") in Action
+
+
 def test_workers_heed_what_is_asked_between_trials(storage: str, store: StudyStore) -> None:
     study = open_study(storage, ladder=[0.5], sampler="random")
     slept: list[float] = []

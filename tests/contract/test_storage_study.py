@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from multiprocessing.context import ForkServerContext
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import optuna
@@ -26,6 +28,7 @@ from tests.contract.synthetic import (
 )
 
 LADDER: dict[str, Any] = {"ladder": [0.8, 0.5]}
+WAITING = optuna.trial.TrialState.WAITING
 SEEDS = ["closed form 0.8", "uniform 0.8", "closed form 0.5", "uniform 0.5"]
 
 
@@ -111,6 +114,36 @@ def test_a_measurement_that_optuna_was_not_told_is_told_at_the_next_opening(stor
     assert told.user_attrs["kept_of_targets"] == pytest.approx(measurement.kept_of_targets, abs=1e-4)
     assert failed.state == optuna.trial.TrialState.FAIL
     assert failed.user_attrs["reason"] == "no memory"
+
+
+def test_eight_workers_claim_each_of_sixty_waiting_trials_once(storage: str, processes: ForkServerContext) -> None:
+    study = open_study(storage, ladder=[0.5])
+    params = study._space.encode(study._optuna._seeds[0])
+    for number in range(60 - len(study._optuna.trials(WAITING))):
+        study._optuna.enqueue(params, {"source": f"waiting {number}"})
+    waiting = [trial.user_attrs["source"] for trial in study._optuna.trials(WAITING)]
+    assert len(set(waiting)) == 60
+    ready, claimed = processes.Barrier(8), processes.Queue()
+    workers = [processes.Process(target=claim_all, args=(storage, ready, claimed)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    found = [claimed.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    study.close()
+    assert sorted(source for sources in found for source in sources) == sorted(waiting)
+    assert sum(bool(sources) for sources in found) >= 2  # else nothing was tested
+
+
+def claim_all(storage: str, ready: Barrier, claimed: Queue[list[str]]) -> None:
+    """A worker process that claims what waits, all at once with the others."""
+    study = open_study(storage, ladder=[0.5])
+    ready.wait(60)
+    sources = []
+    while (source := study._optuna.ask().source) is not None:
+        sources.append(source)
+    claimed.put(sources)
+    study.close()
 
 
 def test_the_trial_of_a_dead_worker_is_proposed_again_exactly_once(storage: str, processes: ForkServerContext) -> None:

@@ -349,7 +349,9 @@ def test_tokens_that_cannot_be(tmp_path: Path) -> None:
     refused(tmp_path, "token", "revoke", "cd", "--storage", storage, says=("'cd'", "token list"))
 
 
-@pytest.mark.parametrize("arguments", [["token", "create", "ci"], ["token", "list"], ["serve", "--port", "0"], ["jobs"]])
+@pytest.mark.parametrize(
+    "arguments", [["token", "create", "ci"], ["token", "list"], ["serve", "--port", "0"], ["jobs"]]
+)
 def test_a_secret_that_cannot_be_read_is_not_replaced_by_another_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:

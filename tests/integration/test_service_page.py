@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +16,12 @@ from rank_search.export.rank_map_file import RankMapFile
 from rank_search.study.store import StudyStore
 from tests.contract.synthetic import open_study, run_trials
 from tests.data.service import MEASURED, WANTED, Served, on_port, served
+from tests.integration.test_service_process import service as process_of_service
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "studies" / "quickstart"
 CHROMIUM = shutil.which("chromium")
 FILE = 'name = "from-page"\n[model]\nsource = "org/model"\n[search]\ntrials = 3\n'
 
@@ -110,6 +114,8 @@ def test_a_study_is_submitted_and_steered_on_the_page(service: Served, address: 
     log_in(page, address, service.write)
     page.get_by_label("Study file (TOML)").fill('name = "../x"')
     page.get_by_role("button", name="Submit").click()
+    with page.expect_response("**/v1/studies"):  # what is asked again and again leaves the message where it is
+        page.get_by_role("alert").get_by_text("name: String should match pattern").wait_for()
     page.get_by_role("alert").get_by_text("name: String should match pattern").wait_for()
     page.get_by_label("Study file (TOML)").fill(FILE)
     page.get_by_role("button", name="Submit").click()
@@ -128,6 +134,45 @@ def test_a_study_is_submitted_and_steered_on_the_page(service: Served, address: 
     assert page.context.cookies() == []
 
 
+@pytest.mark.slow
+def test_the_quickstart_study_is_submitted_grows_and_exports(page: Page, tmp_path: Path) -> None:
+    """The repository's own study and model, its trials fewer and shorter, by workers of a service of its own."""
+    study = (QUICKSTART / "study.toml").read_text(encoding="utf-8")
+    changes = (
+        (r'"model"', json.dumps(str(QUICKSTART / "model"))),
+        (r"^trials = \d+", "trials = 5"),
+        (r"^steps = \d+", "steps = 1"),
+        (r"^calibration_blocks = \d+", "calibration_blocks = 16"),
+    )
+    for pattern, value in changes:
+        study, count = re.subn(pattern, value, study, flags=re.MULTILINE)
+        assert count == 1
+    with process_of_service(tmp_path / "service", "--root", str(QUICKSTART), "--workers", "1") as (client, _):
+        page.goto(f"{client.base_url}/service/")
+        page.get_by_label("Study file (TOML)").fill(study)
+        page.get_by_role("button", name="Submit").click()
+        page.get_by_role("heading", name="quickstart").wait_for()
+        points, seen = page.locator("#plot a"), set()
+        page.locator("#progress").get_by_text("of 5 trials").wait_for()
+        deadline = time.monotonic() + 300
+        while not (told := page.locator("#progress").inner_text()).startswith("ended"):
+            assert time.monotonic() < deadline, told
+            seen.add(points.count())
+            page.wait_for_timeout(100)
+        assert any(0 < count < points.count() for count in seen)  # it grew
+        with page.expect_download() as download:
+            points.first.click()
+        path = tmp_path / download.value.suggested_filename
+        download.value.save_as(path)
+        front = client.get("/v1/studies/quickstart/front").json()["points"]
+        assert points.count() == len(front)
+        page.goto("about:blank")
+    file = RankMapFile.model_validate_json(path.read_text(encoding="utf-8"))
+    assert path.name == f"quickstart-trial-{front[0]['trial']}.rank_map.json"
+    assert file.measurement is not None
+    assert file.measurement.loss == front[0]["loss"]
+
+
 def test_the_keyboard_reaches_points_and_asks_for_their_checkpoints(service: Served, address: str, page: Page) -> None:
     log_in(page, address, service.write)
     page.goto(f"{address}/service/#/tiny")
@@ -136,12 +181,30 @@ def test_the_keyboard_reaches_points_and_asks_for_their_checkpoints(service: Ser
     page.keyboard.press("Tab")
     page.locator("#point").get_by_text("of the target layers kept").wait_for()
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").endswith("downloads its rank map")
+    first = page.evaluate("document.activeElement.dataset.trial")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.trial") != first
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.dataset.trial") == first
+    page.keyboard.press("Tab")  # one stop for all points
+    assert page.evaluate("document.activeElement.id") == "apply"
+    page.keyboard.press("Shift+Tab")
     with page.expect_download() as download:
         page.keyboard.press("Enter")
     assert json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["schema_version"] == 1
     page.get_by_role("button", name="Write its checkpoint").focus()
     page.keyboard.press("Enter")
     page.get_by_role("cell", name="1 (apply)").wait_for()
+
+
+def test_the_page_of_a_study_that_is_not_there_says_so_and_shows_nothing_else(
+    service: Served, address: str, page: Page
+) -> None:
+    log_in(page, address, service.read)
+    page.goto(f"{address}/service/#/nothing")
+    page.get_by_role("alert").get_by_text("there is no study 'nothing'").wait_for()
+    assert page.get_by_role("link", name="All studies").is_visible()
+    assert not page.locator("#details").is_visible()
 
 
 def test_nothing_on_the_page_is_in_anyones_way(service: Served, address: str, page: Page) -> None:

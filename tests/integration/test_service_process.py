@@ -101,6 +101,25 @@ def test_a_study_is_submitted_searched_watched_applied_and_fetched(
         )
 
 
+@pytest.mark.slow
+def test_workers_of_a_ray_cluster_search_what_was_submitted(
+    submitted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two studies at a time: the one that ends first does not take Ray away from the other."""
+    root, file = submitted
+    options = [
+        "--root", str(root), "--root", str(Path(file["model"]["source"])), "--workers", "1", "--at-once", "2",
+        "--launcher", "ray", "--option", "address=local", "--option", "cpus=0.5",
+    ]  # fmt: skip
+    with service(tmp_path / "service", *options) as (client, _):
+        for name, trials in (("short", 2), ("long", 6)):
+            wanted = {**file, "name": name, "search": {**file["search"], "trials": trials}}
+            client.post("/v1/studies", json=wanted).raise_for_status()
+        for name, trials in (("short", 2), ("long", 6)):
+            told = until(client, f"/v1/studies/{name}", lambda told: told["state"] in {"ended", "given up"})
+            assert (told["state"], told["finished"]) == ("ended", trials), told["reason"]
+
+
 def test_a_killed_service_goes_on_where_it_was(submitted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     root, file = submitted
     options = ["--root", str(root), "--root", str(Path(file["model"]["source"])), "--workers", "1"]

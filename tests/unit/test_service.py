@@ -28,6 +28,7 @@ from rank_search.service.tar import Tar
 from rank_search.spec import StudyFile, load_study_file, parse_study
 from rank_search.study import jobs, tokens
 from rank_search.study.engine import storage_error
+from rank_search.study.requests import Action, asked_for
 from rank_search.study.store import StudyStore
 from tests.contract.synthetic import make_spec
 from tests.data.service import BASE, MEASURED, WANTED, Served, served
@@ -254,12 +255,22 @@ def test_a_browser_logs_in_writes_and_logs_out(own: Served) -> None:
 
 
 def test_a_session_ends_with_its_token(own: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rank_search.service.access._SECONDS", 0.0)
+    monkeypatch.setattr("rank_search.service.access.REMEMBERED_SECONDS", 0.0)
     own.client.post("/v1/session", json={"token": own.read})
     assert own.client.get("/v1/studies").status_code == 200
     with StudyStore(own.storage) as store:
         tokens.revoke_token(store.engine, "reader")
     assert own.client.get("/v1/studies").status_code == 401
+
+
+def test_a_token_that_is_revoked_changes_nothing_from_then_on(own: Served) -> None:
+    """What looks on, does so for two seconds at most; what would change something is asked about anew."""
+    assert own.client.post("/v1/studies/tiny/resume", headers=own.writing).status_code == 200
+    with StudyStore(own.storage) as store:
+        tokens.revoke_token(store.engine, "writer")
+    assert own.client.post("/v1/studies/tiny/pause", headers=own.writing).status_code == 401
+    with StudyStore(own.storage) as store:
+        assert asked_for(store.engine, "tiny") is Action.RUN
 
 
 def test_a_browser_that_is_not_logged_in_is_sent_to_the_page(service: Served) -> None:

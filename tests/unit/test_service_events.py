@@ -55,8 +55,8 @@ async def opened(
 ) -> AsyncIterator[bytes]:
     look = await reading.look("tiny")
     assert look is not None
-    assert events.reserve()
-    return events.stream(look, admits)
+    assert events.why_full("me") is None
+    return events.stream(look, "me", admits)
 
 
 def told(message: bytes) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def more_trials(storage: Path, count: int = 1) -> None:
 
 def test_a_stream_begins_with_all_and_goes_on_with_what_changed(reading: Counted, tmp_path: Path) -> None:
     async def main() -> None:
-        events = Events(reading, most=5, poll_seconds=POLL)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=POLL)
         stream = await opened(events, reading)
         first = told(await anext(stream))
         assert list(first) == ["study", "front", "trials", "workers"]
@@ -102,17 +102,16 @@ def test_a_stream_begins_with_all_and_goes_on_with_what_changed(reading: Counted
 
 def test_two_hundred_streams_of_a_study_are_one_look(reading: Counted, tmp_path: Path) -> None:
     async def main() -> None:
-        events = Events(reading, most=200, poll_seconds=POLL)
+        events = Events(reading, most=200, of_caller=500, poll_seconds=POLL)
         streams = [await opened(events, reading) for _ in range(200)]
         beginnings = [await anext(stream) for stream in streams]
-        assert len({id(beginning) for beginning in beginnings}) == 200  # each after its own line
-        assert len(set(beginnings)) == 1
+        assert len({id(beginning) for beginning in beginnings}) == 1  # one piece of memory for all
         assert events.watched == 1
-        assert not events.reserve()
+        assert events.why_full("me") == "too many event streams are open; try again later"
         before = reading.reads
         await asyncio.to_thread(more_trials, tmp_path)
         messages = await asyncio.gather(*(anext(stream) for stream in streams))
-        assert len({id(message) for message in messages}) == 1  # one piece of memory for all
+        assert len({id(message) for message in messages}) == 1
         assert reading.reads - before < 60
         for stream in streams:
             await stream.aclose()
@@ -125,13 +124,13 @@ def test_a_reader_who_falls_behind_is_let_go(reading: Counted, monkeypatch: pyte
     monkeypatch.setattr(events_module, "_MOST_PENDING", 3)
 
     async def main() -> None:
-        events = Events(reading, most=5, poll_seconds=POLL)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=POLL)
         slow, quick = await opened(events, reading), await opened(events, reading)
         await anext(slow)
         await anext(quick)
         watch = events._watches["tiny"]
         for number in range(6):
-            watch._tell(b"%d" % number)
+            await watch._tell(b"%d" % number)
             assert await anext(quick) == b"%d" % number
         with pytest.raises(StopAsyncIteration):
             await anext(slow)
@@ -141,10 +140,11 @@ def test_a_reader_who_falls_behind_is_let_go(reading: Counted, monkeypatch: pyte
 
 
 def test_a_stream_ends_with_its_callers_token(reading: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_module, "CHECK_SECONDS", POLL)
     monkeypatch.setattr(events_module, "QUIET_SECONDS", POLL)
 
     async def main() -> None:
-        events = Events(reading, most=5, poll_seconds=10.0)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=10.0)
         answers = iter([True, False])
 
         async def admits() -> bool:
@@ -161,16 +161,16 @@ def test_a_stream_ends_with_its_callers_token(reading: Counted, monkeypatch: pyt
 
 
 def test_a_busy_stream_ends_with_its_callers_token_too(reading: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events_module, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(events_module, "CHECK_SECONDS", 0.0)
 
     async def main() -> None:
         async def never() -> bool:
             return False
 
-        events = Events(reading, most=5, poll_seconds=10.0)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=10.0)
         stream = await opened(events, reading, never)
         await anext(stream)
-        events._watches["tiny"]._tell(b"news")
+        await events._watches["tiny"]._tell(b"news")
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
 
@@ -179,7 +179,7 @@ def test_a_busy_stream_ends_with_its_callers_token_too(reading: Counted, monkeyp
 
 def test_a_stream_outlives_an_outage_of_the_database(reading: Counted, tmp_path: Path) -> None:
     async def main() -> None:
-        events = Events(reading, most=5, poll_seconds=POLL)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=POLL)
         stream = await opened(events, reading)
         await anext(stream)
         reading.is_out = True
@@ -196,7 +196,7 @@ def test_a_stream_outlives_an_outage_of_the_database(reading: Counted, tmp_path:
 
 def test_closing_ends_all_streams(reading: Counted) -> None:
     async def main() -> None:
-        events = Events(reading, most=5, poll_seconds=POLL)
+        events = Events(reading, most=5, of_caller=500, poll_seconds=POLL)
         stream = await opened(events, reading)
         await anext(stream)
         await events.close()
@@ -215,6 +215,79 @@ def test_many_who_ask_at_once_wait_for_one_look(reading: Counted) -> None:
         assert await reading.look("tiny") is looks[0]  # looked again, but nothing has changed
         assert reading.reads == 2
         assert await reading.look("nothing") is None
+
+    asyncio.run(main())
+
+
+def test_who_can_do_with_a_recent_look_does_not_wait_for_the_next(reading: Counted) -> None:
+    async def main() -> None:
+        look = await reading.look("tiny", recent=True)  # there is none: this one waits
+        await asyncio.sleep(POLL)
+        assert look is not None
+        ask_for(reading.store.engine, "tiny", Action.PAUSE, "me")
+        assert await reading.look("tiny", recent=True) is look
+        assert reading.reads == 1  # the next one has only begun
+        newer = await reading.look("tiny")
+        assert newer is not None
+        assert (reading.reads, newer.told.state) == (2, "paused")
+
+    asyncio.run(main())
+
+
+def test_what_was_read_before_a_change_is_not_kept(reading: Counted) -> None:
+    async def main() -> None:
+        await reading.look("tiny")
+        await asyncio.sleep(POLL)
+        assert await reading.look("tiny", recent=True) is not None  # begins to read
+        reading.forget("tiny")
+        await asyncio.gather(reading.look("tiny"), reading.look("tiny"))
+        assert reading.reads == 3
+
+    asyncio.run(main())
+
+
+def test_an_outage_is_told_to_those_who_wait_and_not_to_those_who_do_not(
+    reading: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        look = await reading.look("tiny")
+        await asyncio.sleep(POLL)
+        reading.is_out = True
+        assert await reading.look("tiny", recent=True) is look
+        with pytest.raises(StorageError):
+            await reading.look("tiny")
+        monkeypatch.setattr("rank_search.service.reading.RECENT_SECONDS", POLL)
+        with pytest.raises(StorageError):
+            await reading.look("tiny", recent=True)
+        reading.is_out = False
+        assert await reading.look("tiny") is look
+
+    asyncio.run(main())
+
+
+def test_one_caller_does_not_take_all_streams(reading: Counted) -> None:
+    async def main() -> None:
+        events = Events(reading, most=3, of_caller=2, poll_seconds=10.0)
+        streams = [await opened(events, reading) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        assert events.why_full("me") == "'me' has 2 event streams open; close some, or try again later"
+        assert events.why_full("you") is None
+        await streams[0].aclose()
+        assert events.why_full("me") is None
+        await streams[1].aclose()
+        assert events.open_streams == 0
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_never_began_takes_no_place(reading: Counted) -> None:
+    """A caller may be gone before the first byte is sent."""
+
+    async def main() -> None:
+        events = Events(reading, most=1, of_caller=1, poll_seconds=10.0)
+        await (await opened(events, reading)).aclose()
+        assert events.why_full("me") is None
 
     asyncio.run(main())
 

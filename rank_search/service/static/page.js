@@ -30,19 +30,33 @@ function anchor(text, href, download) {
 const fixed = (value, digits) => (value === null ? "" : value.toFixed(digits));
 const path = (name, ...parts) => ["/v1/studies", encodeURIComponent(name), ...parts].join("/");
 
-function tell(message) {
+let teller = null;  // whose message is shown: that of someone's click, or of what is asked again and again
+
+function tell(message, by) {
   at("trouble").textContent = message;
+  teller = message === "" ? null : by;
 }
 
-async function attempt(action) {
+async function attempt(action, by = "click") {
   try {
-    tell("");
-    return await action();
+    if (by === "click") tell("", by);
+    const found = await action();
+    if (teller === by) tell("", by);
+    return found;
   } catch (error) {
     if (error.status === 401) showLogin();
-    tell(error.message);
+    tell(error.message, by);
     return undefined;
   }
+}
+
+function fill(id, rows) {
+  const place = at(id);
+  if (rows.length === 0) {
+    rows.push(row(["none yet"]));
+    rows[0].cells[0].colSpan = place.parentNode.tHead.rows[0].cells.length;
+  }
+  place.replaceChildren(...rows);
 }
 
 function only(section) {
@@ -71,7 +85,7 @@ function showWho(told) {
 // All studies
 
 async function showStudies() {
-  const told = await attempt(() => ask("/v1/studies"));
+  const told = await attempt(() => ask("/v1/studies"), "again");
   if (told === undefined) return;
   at("no-studies").hidden = told.studies.length > 0;
   at("studies").replaceChildren(...told.studies.map((study) => row([
@@ -86,7 +100,12 @@ function showProgress() {
   const told = state.told;
   const reason = told.reason ? `: ${told.reason}` : "";
   at("progress").textContent =
-    `${told.state}${reason}. ${told.finished} of ${told.wanted} trials, ${told.front} on the front.`;
+    `${told.state}${reason}. ${told.finished} of ${told.wanted.toLocaleString("en")} trials, ${told.front} on the front.`;
+  const ends = ["stopping", "stopped", "ended", "given up"].includes(told.state);
+  const waits = ["pausing", "paused"].includes(told.state);
+  at("pause").disabled = ends || waits;
+  at("resume").disabled = ["running", "ended"].includes(told.state);
+  at("stop").disabled = ends;
   at("study-dashboard").hidden = !told.dashboard || at("to-dashboard").hidden;
   if (told.dashboard) at("study-dashboard").href = told.dashboard;
   for (const id of ["front-csv", "front-png", "front-json"]) at(id).hidden = told.front === 0;
@@ -98,14 +117,14 @@ function showFront() {
 
 function showTrials() {
   const last = [...state.trials.values()].sort((a, b) => b.number - a.number).slice(0, LAST_TRIALS);
-  at("trials").replaceChildren(...last.map((trial) => row([
+  fill("trials", last.map((trial) => row([
     String(trial.number), trial.state, trial.source, trial.num_params === null ? "" : millions(trial.num_params),
     fixed(trial.kept_of_targets, 3), fixed(trial.loss, 4), fixed(trial.seconds, 1),
   ])));
 }
 
 function showWorkers(workers) {
-  at("workers").replaceChildren(...workers.map((worker) => row([
+  fill("workers", workers.map((worker) => row([
     worker.worker.split(":").slice(0, 2).join(":"), worker.trial === null ? "" : String(worker.trial),
     String(worker.measured), new Date(worker.last).toLocaleTimeString(),
   ])));
@@ -120,8 +139,10 @@ async function showPoint(point) {
     `± ${point.standard_error.toFixed(4)}.`;
   at("point").replaceChildren(heading);
   at("apply").hidden = false;
-  const [groups, file] = await Promise.all([layerGroups(name), ask(`${path(name, "rank-map")}?trial=${point.trial}`)]);
-  if (state.name !== name || state.point !== point) return;
+  const found = await attempt(
+    () => Promise.all([layerGroups(name), ask(`${path(name, "rank-map")}?trial=${point.trial}`)]));
+  if (found === undefined || state.name !== name || state.point !== point) return;
+  const [groups, file] = found;
   const table = document.createElement("table");
   const head = table.createTHead().insertRow();
   for (const title of ["Layer type", "Ranks", "Dense"]) {
@@ -152,9 +173,9 @@ async function layerGroups(name) {
 
 async function showJobs() {
   const name = state.name;
-  const told = await attempt(() => ask(`/v1/jobs?study=${encodeURIComponent(name)}`));
+  const told = await attempt(() => ask(`/v1/jobs?study=${encodeURIComponent(name)}`), "again");
   if (told === undefined || state.name !== name) return;
-  at("jobs").replaceChildren(...told.jobs.map((job) => row([
+  fill("jobs", told.jobs.map((job) => row([
     `${job.number} (${job.kind})`, String(job.trial), job.reason ? `${job.state}: ${job.reason}` : job.state,
     job.state === "done" ? anchor("tar", `/v1/jobs/${job.number}/checkpoint`, `${name}-trial-${job.trial}.tar`) : "",
   ])));
@@ -162,6 +183,7 @@ async function showJobs() {
 
 function showStudy(name) {
   only("study");
+  at("details").hidden = true;  // until it is known that there is such a study
   at("study-heading").textContent = name;
   at("point").replaceChildren();
   at("apply").hidden = true;
@@ -174,7 +196,11 @@ function showStudy(name) {
   state.name = name;
   state.stream = new EventSource(path(name, "events"));
   const on = (kind, handle) => state.stream.addEventListener(kind, (event) => handle(JSON.parse(event.data)));
-  on("study", (told) => { state.told = told; showProgress(); });
+  on("study", (told) => {
+    state.told = told;
+    at("details").hidden = false;
+    showProgress();
+  });
   on("front", (front) => { state.front = front; showFront(); });
   on("points", ({ added, removed }) => {
     const gone = new Set([...removed, ...added.map((point) => point.trial)]);
@@ -188,7 +214,8 @@ function showStudy(name) {
     showFront();
   });
   on("workers", showWorkers);
-  state.stream.onerror = () => attempt(() => ask(path(name)));  // tells why; the browser tries again
+  state.stream.onerror = () => attempt(() => ask(path(name)), "stream");  // tells why; the browser tries again
+  state.stream.onopen = () => { if (teller === "stream") tell("", "stream"); };
   state.timer = setInterval(showJobs, EVERY);
   showJobs();
 }
@@ -196,7 +223,7 @@ function showStudy(name) {
 async function follow() {
   if (location.hash === "#main") return;  // the skip link
   leave();
-  tell("");
+  tell("", "click");
   if (location.hash.startsWith("#/")) {
     showStudy(decodeURIComponent(location.hash.slice(2)));
   } else {

@@ -1,6 +1,7 @@
 // The front as SVG: every point is a link to its rank map.
 
-const SPACE = { left: 62, right: 16, top: 14, bottom: 44, width: 640, height: 400 };
+const SPACE = { left: 62, right: 16, top: 30, bottom: 44, width: 640, height: 400 };
+const MANY = 60;  // points of a front; more are drawn smaller
 
 function made(name, attributes, text) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -22,7 +23,7 @@ export function millions(params) {
   return params >= 1e6 ? `${(params / 1e6).toFixed(2)} M` : params.toLocaleString("en");
 }
 
-// Draw anew; focus stays on the point that has it.
+// Draw anew; focus stays on the point that has it. Tab reaches one point, arrow keys the others.
 export function draw(svg, { study, front, trials, onPoint }) {
   const focused = document.activeElement?.closest?.("#plot a")?.dataset.trial;
   const chosen = svg.querySelector("a.chosen")?.dataset.trial;
@@ -56,23 +57,45 @@ export function draw(svg, { study, front, trials, onPoint }) {
   const steps = points.map((point, index) =>
     index === 0 ? `M${x(point.num_params)},${y(point.loss)}` : `H${x(point.num_params)}V${y(point.loss)}`);
   svg.append(made("path", { class: "steps", d: steps.join("") }));
-  for (const point of points) svg.append(link(study, point, x, y, front.unit, onPoint, chosen));
+  const links = points.map((point) => link(study, point, x, y, front.unit, onPoint, points.length > MANY));
+  svg.append(...links);
+  const current = links.find((one) => one.dataset.trial === chosen);
+  (current ?? links[0]).setAttribute("tabindex", "0");
+  if (current !== undefined) choose(current);
+  svg.onkeydown = (event) => {
+    const at = links.indexOf(event.target);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: links.length - 1 }[event.key];
+    if (at < 0 || links[to] === undefined) return;
+    event.preventDefault();
+    links[to].focus();
+  };
   if (focused !== undefined) svg.querySelector(`a[data-trial="${focused}"]`)?.focus();
 }
 
-function link(study, point, x, y, unit, onPoint, chosen) {
+// The chosen point is drawn over all others: as a mark of its own, for a link that moved would lose its focus.
+function choose(anchor) {
+  const svg = anchor.parentNode;
+  for (const other of svg.querySelectorAll("a.chosen")) other.classList.remove("chosen");
+  for (const other of svg.querySelectorAll("a[tabindex='0']")) other.setAttribute("tabindex", "-1");
+  anchor.classList.add("chosen");
+  anchor.setAttribute("tabindex", "0");
+  svg.querySelector(".mark")?.remove();
+  const dot = anchor.lastElementChild;
+  svg.append(made("circle", { class: "mark", cx: dot.getAttribute("cx"), cy: dot.getAttribute("cy"), r: 6 }));
+}
+
+function link(study, point, x, y, unit, onPoint, small) {
   const told = `Trial ${point.trial}: ${millions(point.num_params)} parameters, loss ${point.loss.toFixed(4)}`;
   const anchor = made("a", {
     href: `/v1/studies/${encodeURIComponent(study)}/rank-map?trial=${point.trial}`,
-    download: `${study}-trial-${point.trial}.rank_map.json`, tabindex: 0,
+    download: `${study}-trial-${point.trial}.rank_map.json`, tabindex: -1,
     "aria-label": `${told} nats per ${unit}; downloads its rank map`, "data-trial": point.trial,
   });
-  if (String(point.trial) === chosen) anchor.classList.add("chosen");
-  anchor.append(made("circle", { cx: x(point.num_params), cy: y(point.loss), r: 12, "fill-opacity": 0, stroke: "none" }));
-  anchor.append(made("circle", { cx: x(point.num_params), cy: y(point.loss), r: 6 }));
+  const place = { cx: x(point.num_params), cy: y(point.loss) };
+  anchor.append(made("circle", { ...place, class: "reach", r: small ? 5 : 12 }));
+  anchor.append(made("circle", { ...place, class: small ? "small" : "", r: small ? 3 : 6 }));
   const show = () => {
-    for (const other of anchor.parentNode.querySelectorAll("a.chosen")) other.classList.remove("chosen");
-    anchor.classList.add("chosen");
+    choose(anchor);
     onPoint(point);
   };
   anchor.addEventListener("pointerenter", show);
@@ -84,12 +107,14 @@ function axes(svg, x, y, sizes, losses, unit) {
   const bottom = SPACE.height - SPACE.bottom;
   svg.append(made("line", { class: "axis", x1: SPACE.left, x2: SPACE.width - SPACE.right, y1: bottom, y2: bottom }));
   svg.append(made("line", { class: "axis", x1: SPACE.left, x2: SPACE.left, y1: SPACE.top, y2: bottom }));
-  for (const size of ticks(...sizes, 4)) {
-    svg.append(made("text", { x: x(size), y: bottom + 18, "text-anchor": "middle" }, millions(Math.round(size))));
+  for (const [index, size] of ticks(...sizes, 4).entries()) {
+    const anchor = index === 3 ? "end" : "middle";
+    const right = index === 3 ? SPACE.width - 4 : x(size);
+    svg.append(made("text", { x: right, y: bottom + 18, "text-anchor": anchor }, millions(Math.round(size))));
   }
   for (const loss of ticks(...losses, 5)) {
     svg.append(made("text", { x: SPACE.left - 6, y: y(loss) + 4, "text-anchor": "end" }, loss.toFixed(3)));
   }
   svg.append(made("text", { x: 340, y: SPACE.height - 6, "text-anchor": "middle" }, "parameters"));
-  svg.append(made("text", { x: 8, y: 12 }, `loss, nats per ${unit}`));
+  svg.append(made("text", { x: 8, y: 18 }, `loss, nats per ${unit}`));
 }
