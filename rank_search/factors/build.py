@@ -80,9 +80,7 @@ def build_factors(
         # A slope is one number a layer; it needs fewer examples than a layer's second moments.
         half = examples[torch.arange((len(examples) + 1) // 2)]
         with timed():
-            return statistics, measured_slopes(
-                model, targets, lost, half, batch_blocks=batch_blocks, progress=progress
-            )
+            return statistics, measured_slopes(model, targets, lost, half, batch_blocks=batch_blocks, progress=progress)
 
     statistics = collect(calibration, spec.seed)
     started, collecting = time.perf_counter(), times.statistics

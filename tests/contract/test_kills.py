@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -20,11 +19,9 @@ from rank_search.study.engine import make_engine
 from rank_search.study.optuna_study import OptunaStudy
 from rank_search.study.records import State
 from rank_search.study.schema import alembic_config, ensure_schema, head, version_of
-from rank_search.study.space import random_params
 from rank_search.study.store import StudyStore
-from rank_search.study.warm_start import Carried
 from tests.contract.conftest import BACKENDS
-from tests.contract.synthetic import make_allocator, open_study, run_trials
+from tests.contract.synthetic import open_study, run_trials
 from tests.contract.test_leases import let_leases_run_out
 from tests.unit.test_bank import KEY
 from tests.unit.test_bank import _factors as make_factors
@@ -121,37 +118,6 @@ def run_trials_after_a_sweep(study: object) -> list[object]:
 
 
 WAITING = 60
-
-
-def claims(storage: str) -> list[tuple[int, str]]:
-    """A worker that claims trials until none waits any more."""
-    study = open_study(storage, ladder=[0.5])
-    found = []
-    try:
-        while True:
-            proposal = study.ask()
-            if proposal.source == "fitted":
-                study.requeue(proposal)
-                return found
-            found.append((proposal.number, proposal.source))
-    finally:
-        study.close()
-
-
-def test_eight_at_once_claim_sixty_waiting_trials_once_each(storage: str, processes: ForkServerContext) -> None:
-    study = open_study(storage, ladder=[0.5])
-    space, allocator = study._space, make_allocator()
-    rank_maps = {space.decode(random_params(space.distributions, str(n))) for n in range(4 * WAITING)}
-    chosen = sorted(rank_maps, key=lambda rank_map: rank_map.digest)[: WAITING - 2]
-    carried = [Carried(f"w{n}", allocator.space.kept_of_targets(one), one) for n, one in enumerate(chosen)]
-    assert study.warm_start(carried) == WAITING - 2
-    study.close()
-    with processes.Pool(8) as pool:
-        found = [pair for claimed in pool.map(claims, [storage] * 8, chunksize=1) for pair in claimed]
-    names = {"closed form 0.5", "uniform 0.5", *(f"w{n}" for n in range(WAITING - 2))}
-    # What a worker that has ended still held is proposed again to the others; nothing is claimed by two.
-    assert {source for _, source in found} == names
-    assert max(Counter(number for number, _ in found).values()) == 1
 
 
 def killed_in_write(folder: Path, where: str) -> None:

@@ -54,7 +54,7 @@ def test_every_method_makes_a_bank_of_every_family(family: str, method: Method, 
         # Plain SVD has the least plain error of all.
         plain = torch.linalg.svdvals(weight_matrix(target.module).double())
         error = float((weight_matrix(target.module) - factors.out.T @ factors.inn).double().norm())
-        least = float(plain[most :].norm())
+        least = float(plain[most:].norm())
         assert error >= least * (1 - 1e-4)
         if method == "svd":
             torch.testing.assert_close(factors.sigma, plain, rtol=1e-6, atol=1e-8)
