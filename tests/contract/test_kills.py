@@ -117,9 +117,6 @@ def run_trials_after_a_sweep(study: object) -> list[object]:
     return run_trials(study, 3)  # type: ignore[arg-type, return-value]
 
 
-WAITING = 60
-
-
 def killed_in_write(folder: Path, where: str) -> None:
     """A process that builds a bank, and is killed in its last steps."""
     if where == "half a file":
