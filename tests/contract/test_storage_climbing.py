@@ -299,7 +299,7 @@ def test_four_of_five_proposals_lie_in_the_range_of_interest(storage: str, sampl
     study.close()
     # A mutation keeps its parent's size more often than not, and the first parents are seeds.
     inside = [0.48 <= fraction <= 0.61 for fraction in kept[7:]]
-    assert 0.75 * len(inside) <= sum(inside) < len(inside)
+    assert 0.6 * len(inside) <= sum(inside) < len(inside)  # of 25 drawn with four in five
 
 
 def test_one_worker_repeats_a_climbing_study_trial_by_trial(storage: str) -> None:

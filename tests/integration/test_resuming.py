@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import rank_search as rs
+from rank_search.errors import StorageError
 from rank_search.launch import exits
 from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
@@ -246,13 +247,17 @@ def test_a_worker_that_gets_sigterm_leaves_a_checkpoint_and_the_next_one_goes_on
     tables = {"finetune": {"steps": 250, "batch_blocks": 24}, "search": {"trials": 2, "ladder": [0.5]}}
     file = write_study(tmp_path_factory.mktemp("interrupted"), **tables)
     command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "2"]
-    worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     storage = f"sqlite:///{file.parent}/tiny.db"
-    until(lambda: bool(rs.view("tiny", storage=storage).trials) if (file.parent / "tiny.db").exists() else False)
-    time.sleep(0.3)
-    asked = time.monotonic()
-    worker.send_signal(signal.SIGTERM)
-    worker.communicate(timeout=30)
+    worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: (file.parent / "tiny.db").exists() and has_trials(storage))
+        time.sleep(0.3)
+        asked = time.monotonic()
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=30)
+    finally:
+        worker.kill()
+        worker.communicate()
     assert worker.returncode == exits.PREEMPTED
     assert time.monotonic() - asked < 2  # it did not wait for the grace time to end
     assert len(list((file.parent / "work" / "checkpoints").iterdir())) == 1
@@ -262,6 +267,14 @@ def test_a_worker_that_gets_sigterm_leaves_a_checkpoint_and_the_next_one_goes_on
     whole = write_study(tmp_path_factory.mktemp("whole"), **tables)
     rs.run(whole)
     assert losses(rs.view("tiny", storage=storage)) == losses(rs.view(whole))
+
+
+def has_trials(storage: str) -> bool:
+    """Whether the study is there, and has begun a trial."""
+    try:
+        return bool(rs.view("tiny", storage=storage).trials)
+    except StorageError:  # its tables are being made
+        return False
 
 
 def losses(view: rs.StudyView) -> dict[str, float]:
