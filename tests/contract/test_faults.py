@@ -162,14 +162,15 @@ def test_a_server_that_is_away_in_mid_run_costs_no_result(
     launch.on_show = look
     assert launch.run() == exits.DONE
     done[0].join()
-    assert sum(worker.restarts for worker in launch.workers) == 0
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    # A server that is killed may cut a worker off where only a new one goes on; one that is stopped may not.
+    assert sum(worker.restarts for worker in launch.workers) <= (0 if how == "stopped" else 3), logs
     open_study(own, ladder=[0.5]).close()  # tells Optuna what a crash kept from it
     nothing_lost(own, 40)
     with StudyStore(own) as store:
         reasons = {trial.reason for trial in store.trials("tiny") if trial.state is State.REQUEUED}
     assert reasons <= {"its claim was cut off from the database"}  # nobody was taken for gone
     assert list((tmp_path / "spool").glob("*")) == []
-    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
     assert logs.count("waiting for the database") == logs.count("the database is back") >= 1
 
 
