@@ -364,8 +364,12 @@ def test_where_the_spool_is_full_too_the_result_waits_in_memory(
     nothing_lost(storage, 1)
 
 
+_ONE_NAME = threading.Lock()
+"""A host's name is the process's: of two threads that change it at once, one would put back the other's."""
+
+
 def turns(storage: str, host: str, seconds: float = 60.0) -> Turns:
-    with pytest.MonkeyPatch.context() as patch:
+    with _ONE_NAME, pytest.MonkeyPatch.context() as patch:
         patch.setattr("rank_search.study.liveness.socket.gethostname", lambda: host)
         found = Turns.of(storage, seconds, Patience(60))
     assert found is not None
