@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rank_search.api import facts_of, storage_url
-from rank_search.export.atomic import write_atomically
+from rank_search.atomic import write_atomically
 from rank_search.preparing import prepare
 from rank_search.spec import load_study_file
 from rank_search.study.records import State

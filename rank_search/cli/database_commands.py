@@ -57,7 +57,7 @@ def export_study(
     storage: StorageOption = None,
 ) -> None:
     """Write a study with all its trials, measurements and failures, and Optuna's state, to one portable file."""
-    from rank_search.export.atomic import write_atomically
+    from rank_search.atomic import write_atomically
     from rank_search.study.portable import dump_study
 
     check_output(output)

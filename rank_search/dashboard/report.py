@@ -11,12 +11,12 @@ from importlib import metadata, resources
 from pathlib import Path
 from string import Template
 
+from rank_search.atomic import write_atomically
 from rank_search.dashboard import tables
 from rank_search.dashboard.content import Content, read_content
 from rank_search.dashboard.notes import export_command
 from rank_search.dashboard.tables import Table
 from rank_search.errors import InputError
-from rank_search.export.atomic import write_atomically
 from rank_search.study.overview import Overview
 from rank_search.study.store import StudyStore
 

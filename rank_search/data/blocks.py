@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from filelock import FileLock
 from jaxtyping import Int32
 from numpy.typing import NDArray
 
+from rank_search.atomic import whole
 from rank_search.data.sources import Text
 from rank_search.errors import DataError
 from rank_search.progress import SILENT, Progress
@@ -134,13 +133,5 @@ def _chunks(text: str) -> Iterator[str]:
 
 def _write(path: Path, blocks: Blocks) -> None:
     """Whole or not at all: a reader never sees half a file."""
-    # Not tempfile: it makes files that only their owner can read, and the folder may be shared.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            np.save(file, blocks, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.save(file, blocks, allow_pickle=False)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rank_search.atomic import write_atomically
 from rank_search.errors import InputError
-from rank_search.export.atomic import write_atomically
 from rank_search.front import Front, FrontPoint
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rank_search.atomic import write_atomically
 from rank_search.errors import RankMapError
-from rank_search.export.atomic import write_atomically
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
 from rank_search.spec import PYTHON_DOCS, Method, StudySpec

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import uuid
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +21,10 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from rank_search.errors import BankError
 from rank_search.factors.decompose import Factors
+from rank_search.factors.tensor_files import write_tensors
 from rank_search.ranks import RankSpace, Storage
 from rank_search.spec import FactorSpec
 
@@ -263,14 +261,8 @@ def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mappi
         tensors[f"{name}.inn"] = f.inn.contiguous().cpu()
         tensors[f"{name}.sigma"] = f.sigma.contiguous().cpu()
     header = {"bank": json.dumps({"key": asdict(key), "made": dict(made)})}
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata=header)
-        # safetensors makes files that nobody else may read; a shared bank is as open as its folder.
-        temporary.chmod(path.parent.stat().st_mode & 0o644)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_tensors(path, tensors, header)
     except (SafetensorError, OSError) as error:
         if path.exists():
             return  # by the next one, to whom this one was silent for too long
@@ -279,8 +271,6 @@ def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mappi
             f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; "
             "free space or choose another run.work_dir"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tail(sigma: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rank_search.api import STORAGE_VARIABLE
+from rank_search.atomic import write_atomically
 from rank_search.errors import InputError, StorageError
-from rank_search.export.atomic import write_atomically
 from rank_search.export.study_file import study_toml
 from rank_search.launch.job import Launcher
 from rank_search.launch.launching import DETACHABLE, make_job, make_launcher

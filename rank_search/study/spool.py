@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rank_search.atomic import write_atomically
 from rank_search.errors import RankSearchError
 from rank_search.measurement import Fidelity, Measurement
 
@@ -55,15 +56,7 @@ class Spool:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Names of hosts hold neither colons nor slashes; a worker's result of a trial has one name.
         path = self._folder / f"{self._study}.{result.number}.{result.worker.replace(':', '_')}.json"
-        temporary = path.with_suffix(".writing")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump({"version": _VERSION, "study": self._study, **_plain(result)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, json.dumps({"version": _VERSION, "study": self._study, **_plain(result)}).encode())
         _sync(self._folder)
         return path
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +17,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rank_search.factors.tensor_files import write_tensors
 from rank_search.model.device import synchronize
 from rank_search.progress import SILENT, Preempted, Progress
 from rank_search.spec import RunSpec
@@ -193,16 +191,7 @@ def _save(checkpoint: Checkpoint, step: int, state: Mapping[str, Tensor]) -> Non
     path = checkpoint.path
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"version": _VERSION, "key": checkpoint.key, "step": step, "digest": _digest(step, state)}
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        save_file(dict(state), temporary, metadata={"checkpoint": json.dumps(header)})
-        # safetensors makes files that nobody else may read; the next worker may be another user's.
-        temporary.chmod(path.parent.stat().st_mode & 0o644)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, state, {"checkpoint": json.dumps(header)})
 
 
 def _read(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:

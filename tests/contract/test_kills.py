@@ -12,7 +12,7 @@ import pytest
 from alembic import command
 from sqlalchemy import Engine, event
 
-from rank_search.factors import bank as bank_module
+from rank_search.factors import tensor_files
 from rank_search.factors.bank import open_bank, open_or_build
 from rank_search.study.consistency import check_database
 from rank_search.study.engine import make_engine
@@ -125,9 +125,9 @@ def killed_in_write(folder: Path, where: str) -> None:
             path.write_bytes(b"\0" * 1000)
             die()
 
-        bank_module.save_file = half
+        tensor_files.save_file = half
     else:
-        setattr(bank_module.os, "fsync", die)  # noqa: B010  (a module's)
+        os.fsync = die
     open_or_build(folder, KEY, make_factors, {})
 
 

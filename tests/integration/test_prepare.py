@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rank_search.errors import BankError, BudgetError, DataError, DeviceError, NonFiniteLossError, TargetError
-from rank_search.factors import bank as bank_module
+from rank_search.factors import tensor_files
 from rank_search.factors.bank import bank_path
 from rank_search.model.targets import weight_matrix
 from rank_search.preparing import Prepared, prepare
@@ -154,7 +154,7 @@ def test_no_half_bank_is_left_by_a_full_disk(tiny_study: StudyFactory, monkeypat
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bank_module, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(BankError, match=r"No space left on device; free space or choose another run.work_dir"):
         _prepare(path)
     assert [file.suffix for file in (path.parent / "work" / "banks").iterdir()] in ([], [".lock"])

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from rank_search.errors import BankError
-from rank_search.factors import bank as bank_module
+from rank_search.factors import tensor_files
 from rank_search.factors.bank import BankKey, FactorBank, bank_path, open_bank, open_or_build
 from rank_search.factors.decompose import Factors, decompose
 from rank_search.ranks import LayerShape, RankSpace
@@ -232,7 +232,7 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(b"half a bank")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bank_module, "save_file", half)
+    monkeypatch.setattr(tensor_files, "save_file", half)
     with pytest.raises(BankError, match=r"cannot be written: .*No space left on device; free space or choose another"):
         open_or_build(tmp_path, KEY, _factors, MADE)
     assert _files(tmp_path) == []

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from rank_search import atomic
 from rank_search.errors import InputError
-from rank_search.export import atomic
 from rank_search.export.figures import front_figure, save_figure
 from rank_search.export.tables import FrontRow, front_csv, front_json, front_rows
 from rank_search.front import Front, FrontPoint

@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from rank_search import atomic
 from rank_search.data.sources import Source
 from rank_search.errors import RankMapError
-from rank_search.export import atomic
 from rank_search.export.rank_map_file import RankMapFile, json_schema
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import LayerShape, RankMap, RankSpace
