@@ -11,9 +11,10 @@ from torch import nn
 
 from rank_search.allocation import Allocator, Floats
 from rank_search.baselines import rules
-from rank_search.baselines.measured import component_changes, mean_gradients, sensitivities, untrained_loss
+from rank_search.baselines.measured import component_changes, sensitivities, untrained_loss
 from rank_search.factors.bank import tails
 from rank_search.factors.decompose import Factors
+from rank_search.factors.gradients import mean_gradients
 from rank_search.model.targets import Target
 from rank_search.preparing import Prepared
 from rank_search.progress import SILENT, Progress

@@ -9,17 +9,16 @@ quotient of the two tells how much more, or less, the layer matters than its pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rank_search.factors.gradients import mean_gradients
 from rank_search.factors.statistics import LayerStatistics
-from rank_search.model.device import autocast, deterministic
-from rank_search.model.targets import Target, gradient_matrix
+from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.task import Examples
 
@@ -44,22 +43,14 @@ def measured_slopes(
     batch_blocks: int,
     progress: Progress = SILENT,
 ) -> dict[str, float]:
-    """``<∇L, Δ>`` of every layer in ``lost`` (Δ by module name), on the labels of ``examples``."""
-    device = next(model.parameters()).device
+    """``<∇L, Δ>`` of every layer in ``lost`` (Δ by module name), on the labels of ``examples``.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
+    """
     chosen = [target for target in targets if target.name in lost]
-    with (
-        deterministic(device),
-        _gradients_of(chosen),
-        progress.step("slopes", len(examples)) as step,
-    ):
-        for batch in examples.unpadded(batch_blocks, device):
-            rows = len(batch["input_ids"])
-            with torch.enable_grad(), autocast(device):
-                loss = examples.task.loss(model, batch)
-            if loss.requires_grad:
-                (loss * (rows / len(examples))).backward()
-            step.advance(rows)
-        return {target.name: _along(target, lost[target.name]) for target in chosen}
+    gradients = mean_gradients(model, chosen, examples, batch_blocks=batch_blocks, progress=progress)
+    return {name: _product(gradient, lost[name]) for name, gradient in gradients.items()}
 
 
 def own_slope(statistics: LayerStatistics, lost: Float[Tensor, "m n"]) -> float:
@@ -67,7 +58,7 @@ def own_slope(statistics: LayerStatistics, lost: Float[Tensor, "m n"]) -> float:
     assert statistics.A is not None
     assert statistics.G is not None
     delta = lost.to(statistics.A.device, torch.float64)
-    return float(((statistics.G @ delta @ statistics.A) * delta).sum())
+    return _product(statistics.G @ delta @ statistics.A, delta)
 
 
 def rise_factors(slopes: Mapping[str, Slope], groups: Mapping[str, str], power: float) -> dict[str, float]:
@@ -97,24 +88,5 @@ def _quotient(slopes: Sequence[Slope]) -> float:
     return min(max(sum(slope.measured for slope in slopes) / own, 1 / MOST), MOST) if own > 0 else 1.0
 
 
-def _along(target: Target, lost: Float[Tensor, "m n"]) -> float:
-    gradient = gradient_matrix(target.module)
-    if gradient is None:  # the layer had no part in the loss
-        return 0.0
-    gradient = target.part.of(gradient) if target.part else gradient
-    return float((gradient.double() * lost.to(gradient.device, torch.float64)).sum())
-
-
-@contextmanager
-def _gradients_of(targets: Sequence[Target]) -> Iterator[None]:
-    weights = {id(target.module): target.module.weight for target in targets}
-    parameters = [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
-            parameter.grad = None
+def _product(one: Float[Tensor, "m n"], other: Float[Tensor, "m n"]) -> float:
+    return float((one.double() * other.to(one.device, torch.float64)).sum())

@@ -72,13 +72,6 @@ def weight_matrix(module: nn.Module) -> Float[Tensor, "m n"]:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def gradient_matrix(module: nn.Module) -> Float[Tensor, "m n"] | None:
-    """The gradient of :func:`weight_matrix`; None where there is none."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.grad.T if isinstance(module, Conv1D) and weight.grad is not None else weight.grad
-
-
 def bias_of(module: nn.Module) -> nn.Parameter | None:
     """A layer's bias."""
     return module.bias if isinstance(module.bias, nn.Parameter) else None

@@ -81,12 +81,8 @@ class CapturedStep:
     @contextmanager
     def _watching(self) -> Iterator[None]:
         # Nothing is compiled in it: the watched attention is not the one of later steps.
-        torch.compiler.set_stance("force_eager")
-        try:
-            with _attention(self._model, _WATCHED), self._watch:
-                yield
-        finally:
-            torch.compiler.set_stance("default")
+        with torch.compiler.set_stance("force_eager"), _attention(self._model, _WATCHED), self._watch:
+            yield
 
     def _as_recorded(self) -> AbstractContextManager[None]:
         # Where the first step needed no explicit mask, the recorded one must not build one: transformers cannot look

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.model.device import autocast, deterministic
+from rank_search.model.gradients import requiring_grad
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import PLAIN_RATE, FinetuneSpec
@@ -66,7 +67,7 @@ def finetune(
         if not groups:
             return FinetuneResult(())
         with (
-            _requiring_grad([parameter for group in groups for parameter in group.parameters]),
+            requiring_grad([parameter for group in groups for parameter in group.parameters]),
             fused_if_worth_it(model, targets, spec, groups[0].parameters[0].device, progress) as copies,
         ):
             losses = train_steps(
@@ -93,13 +94,18 @@ class Group:
     learning_rate: float
 
 
-def _groups(model: nn.Module, layers: Sequence[LowRankLinear], spec: FinetuneSpec) -> list[Group]:
+def factor_groups(layers: Iterable[tuple[Sequence[Tensor], float, int]], spec: FinetuneSpec) -> list[Group]:
+    """The factors of layers, each given with its rank and its full rank, by the rates at which ``spec`` trains them."""
     scaled: dict[float, list[Tensor]] = {}
-    for layer in layers:
-        scale = rank_scale(layer.rank, layer.full_rank) if spec.learning_rate_scale == "rank" else 1.0
-        scaled.setdefault(scale, []).extend(layer.factors)
+    for factors, rank, full_rank in layers:
+        scale = rank_scale(rank, full_rank) if spec.learning_rate_scale == "rank" else 1.0
+        scaled.setdefault(scale, []).extend(factors)
     rate = PLAIN_RATE if spec.learning_rate is None else spec.learning_rate
-    groups = [Group(factors, rate * scale) for scale, factors in scaled.items()]
+    return [Group(factors, rate * scale) for scale, factors in scaled.items()]
+
+
+def _groups(model: nn.Module, layers: Sequence[LowRankLinear], spec: FinetuneSpec) -> list[Group]:
+    groups = factor_groups(((layer.factors, layer.rank, layer.full_rank) for layer in layers), spec)
     if spec.train == "all":
         known = {id(factor) for group in groups for factor in group.parameters}
         dense = [parameter for parameter in model.parameters() if id(parameter) not in known]
@@ -226,19 +232,6 @@ def batches(examples: Examples, batch_blocks: int, steps: int, seed: int, first:
     order = torch.cat(orders)[first * batch_blocks : steps * batch_blocks].to(examples.device)
     for taken in order.split(batch_blocks):
         yield examples[taken].tensors
-
-
-@contextmanager
-def _requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
-            parameter.grad = None
 
 
 def _checked(losses: Float[Tensor, " steps"]) -> tuple[float, ...]:

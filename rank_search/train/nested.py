@@ -22,10 +22,10 @@ from rank_search.factors.decompose import Factors
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
-from rank_search.spec import PLAIN_RATE, FinetuneSpec, SearchSpec
+from rank_search.spec import FinetuneSpec, SearchSpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoint
-from rank_search.train.finetune import Group, fused_if_worth_it, rank_scale, train_steps
+from rank_search.train.finetune import Group, factor_groups, fused_if_worth_it, train_steps
 
 LIFT = 0.25
 """Of its width, by how much a range is trained above where it serves: within a range the small kept fractions fare
@@ -130,16 +130,15 @@ def _groups(
     layers: Mapping[str, NestedLinear], ranks: Int[Tensor, "steps targets"], targets: Sequence[Target],
     spec: FinetuneSpec,
 ) -> list[Group]:  # fmt: skip
-    """All factors; where ranks scale the learning rate, by the mean rank of the steps in which a layer has one."""
-    groups: dict[float, list[Tensor]] = {}
-    for target, asked in zip(targets, ranks.T, strict=True):
-        if target.name in layers:
-            mean = float(asked[asked > 0].double().mean())
-            full = min(target.shape.m, target.shape.n)
-            scale = rank_scale(mean, full) if spec.learning_rate_scale == "rank" else 1.0
-            groups.setdefault(scale, []).extend(layers[target.name].factors)
-    rate = PLAIN_RATE if spec.learning_rate is None else spec.learning_rate
-    return [Group(parameters, rate * scale) for scale, parameters in groups.items()]
+    """All factors; a layer's rank is its mean one in the steps in which it has one."""
+    return factor_groups(
+        (
+            (layers[target.name].factors, float(asked[asked > 0].double().mean()), min(target.shape.m, target.shape.n))
+            for target, asked in zip(targets, ranks.T, strict=True)
+            if target.name in layers
+        ),
+        spec,
+    )
 
 
 def _ranks(rank_map: RankMap, targets: Sequence[Target]) -> list[int]:

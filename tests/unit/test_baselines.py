@@ -13,9 +13,10 @@ import torch
 
 from rank_search.allocation import Allocator, Floats, proportional
 from rank_search.baselines import rules
-from rank_search.baselines.measured import component_changes, mean_gradients, sensitivities, untrained_loss
+from rank_search.baselines.measured import component_changes, sensitivities, untrained_loss
 from rank_search.baselines.methods import METHODS
 from rank_search.factors.decompose import Factors, decompose
+from rank_search.factors.gradients import mean_gradients
 from rank_search.model.targets import find_targets
 from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
 from rank_search.score import score
