@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from fastapi import Depends, HTTPException, Request
@@ -44,7 +44,11 @@ class ByHand:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the routes share."""
+    """What the routes share.
+
+    Attributes:
+        pictures: of fronts, by study, digest of the front, and number of trials.
+    """
 
     settings: Settings
     store: StudyStore
@@ -53,6 +57,7 @@ class Context:
     measures: Measures
     access: Access
     fleet: Fleet
+    pictures: dict[tuple[str, str, int], bytes] = field(default_factory=dict)
 
 
 # Coroutines, or every request would wait for a thread to run them in.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -137,31 +136,22 @@ def _chosen(front: StoredFront, kept: float | None, max_params: int | None, max_
 
 
 def _picture(context: Context, look: Look) -> bytes:
+    """Drawn anew only where the front or the trials around it have changed."""
+    shown, pictures = (look.told.name, look.front_digest, len(look.trials)), context.pictures
     with _drawing:
-        return _drawn(context.store, look.told.name, (look.front_digest, len(look.trials)), _Unhashed(look))
+        if shown not in pictures:
+            pictures[shown] = _drawn(context.store, look)
+            if len(pictures) > _PICTURES:
+                del pictures[next(iter(pictures))]  # the oldest
+        return pictures[shown]
 
 
-class _Unhashed:
-    """Carries a look past a cache that is to know it by its mark alone."""
-
-    def __init__(self, look: Look) -> None:
-        self.look = look
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unhashed)
-
-
-@lru_cache(_PICTURES)
-def _drawn(store: StudyStore, name: str, _mark: tuple[str, int], carried: _Unhashed) -> bytes:
-    look = carried.look
+def _drawn(store: StudyStore, look: Look) -> bytes:
     assert look.record is not None
     assert look.record.dense_loss is not None
-    shown = StudyView(look.record, store.front(name), tuple(store.trials(name)))
+    shown = StudyView(look.record, store.front(look.told.name), tuple(store.trials(look.told.name)))
     figure = front_figure(
         shown.front, trials=shown.points, dense_loss=look.record.dense_loss,
-        dense_params=look.record.facts.model_params, title=name, unit=look.told.unit,
+        dense_params=look.record.facts.model_params, title=look.told.name, unit=look.told.unit,
     )  # fmt: skip
     return rendered(figure)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from rank_search.allocation import Floats
@@ -16,6 +15,7 @@ from rank_search.study.evidence import Tried
 from rank_search.study.fitting import fitted_multipliers
 from rank_search.study.gaps import draw_size, find_gaps, loss_at
 from rank_search.study.space import MultiplierSpace, Params
+from rank_search.study.whole_space import WholeSpaceSampler
 
 _DEVIATION = 0.2
 """Standard deviation of every multiplier around the fitted one, as a share of the study's range of multipliers: little
@@ -27,7 +27,7 @@ _TRIES = 20
 """Draws after which a proposal may be a rank map that another trial has already."""
 
 
-class FittedSampler(BaseSampler):
+class FittedSampler(WholeSpaceSampler):
     """Proposes the closed form with the multipliers that fit all losses measured so far, where the front has gaps.
 
     A size is drawn in the gaps of the front, wide and steep ones most; a trial that runs counts as a point of it. The
@@ -43,14 +43,11 @@ class FittedSampler(BaseSampler):
     """
 
     def __init__(self, space: MultiplierSpace, rises: Rises, seed: int, tried: Callable[[], Sequence[Tried]]) -> None:
+        super().__init__(space)
         self._space = space
         self._rises = rises
         self._random = np.random.default_rng(seed)
         self._tried = tried
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All of the space at once."""
-        return self._space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -67,12 +64,6 @@ class FittedSampler(BaseSampler):
             if self._space.decode(params) not in taken:
                 break
         return {name: params[name] for name in search_space}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Never asked: no parameter is outside of the space."""
-        raise NotImplementedError(f"{param_name} is not a parameter of the space")
 
     def _fitted(self, measured: Sequence[Tried]) -> Floats:
         terms = self._space.terms

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rank_search.ranks import RankMap
@@ -18,6 +17,7 @@ from rank_search.study.bounded import is_feasible
 from rank_search.study.gaps import draw_size, find_gaps
 from rank_search.study.moves import Moves
 from rank_search.study.space import SearchSpace
+from rank_search.study.whole_space import WholeSpaceSampler
 
 RANK_MAP = "rank_search:rank_map"
 """The attribute under which trials hold rank maps; not one of those that dashboards show, which have no room for it."""
@@ -56,7 +56,7 @@ class Parent:
     above: float = 0.0
 
 
-class MutationSampler(BaseSampler):
+class MutationSampler(WholeSpaceSampler):
     """Proposes rank maps that fill the gaps of the front by small changes of those beside them.
 
     A size is drawn in the gaps between neighbours on the front, wide and steep ones most: a point in the middle of one
@@ -82,15 +82,12 @@ class MutationSampler(BaseSampler):
         seed: int,
         keep: Callable[[FrozenTrial, RankMap], None],
     ) -> None:
+        super().__init__(space)
         self._space = space
         self._allocator = space.allocator
         self._moves = moves
         self._random = np.random.default_rng(seed)
         self._keep = keep
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All of the space at once."""
-        return self._space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -103,12 +100,6 @@ class MutationSampler(BaseSampler):
         self._keep(trial, rank_map)
         kept = self._allocator.space.kept_of_targets(rank_map)
         return {**dict.fromkeys(search_space, 0.0), "kept": min(max(kept, allowed.low), allowed.high)}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Never asked: no parameter is outside of the space."""
-        raise NotImplementedError(f"{param_name} is not a parameter of the space")
 
     def _taken(self, trials: Iterable[FrozenTrial]) -> set[str]:
         """Rank maps of all trials; of a seed that has not ended its parameters alone are known."""

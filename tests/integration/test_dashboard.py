@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -21,9 +20,7 @@ from rank_search.export.rank_map_file import RankMapFile
 from tests.integration.conftest import MakeStudy, rank_search
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-CHROMIUM = shutil.which("chromium")
+    from playwright.sync_api import Browser, Page
 
 
 @dataclass(frozen=True)
@@ -146,16 +143,9 @@ def test_an_address_that_others_reach_is_one_clear_line(served: Served) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser_page() -> Iterator[Page]:
-    """A page of Debian's Chromium; what goes wrong in it fails the test."""
-    from playwright.sync_api import sync_playwright
-
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1400, "height": 1000})
-        browser.close()
+def browser_page(browser: Browser) -> Page:
+    """A page of its own."""
+    return browser.new_page(viewport={"width": 1400, "height": 1000})
 
 
 def test_the_dashboards_pages_show_note_figures_and_artifacts(served: Served, browser_page: Page) -> None:

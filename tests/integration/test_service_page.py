@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,21 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "studies" / "quickstart"
-CHROMIUM = shutil.which("chromium")
 FILE = 'name = "from-page"\n[model]\nsource = "org/model"\n[search]\ntrials = 3\n'
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium."""
-    from playwright.sync_api import sync_playwright
-
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
