@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rank_search.study.requests import Action
     from rank_search.study.store import StudyStore
 
-LAUNCHERS = ("local", "ray", "slurm", "kubernetes", "none")
 _HAND = "by hand"
 _Folder = Annotated[Path, typer.Option(metavar="DIR", help="The service's own: study files, banks, checkpoints.")]
 _DEFAULT_FOLDER = Path("rank-search-service")
@@ -71,10 +70,11 @@ def serve(
             raise
         raise InputError(f"the service needs {error.name}; pip install 'rank-search[service]'") from None
     from rank_search.launch.fleet import Crew, ServiceFleet
+    from rank_search.launch.launching import ENGINES
     from rank_search.service.settings import Settings, is_loopback
 
-    if launcher not in LAUNCHERS:
-        raise InputError(f"--launcher must be one of {', '.join(LAUNCHERS)}, not {launcher!r}")
+    if launcher not in (launchers := (*ENGINES, "none")):
+        raise InputError(f"--launcher must be one of {', '.join(launchers)}, not {launcher!r}")
     url = _storage(storage, folder, make=True)
     needs_tokens = auth or not is_loopback(host)
     if needs_tokens:

@@ -17,6 +17,7 @@ from rank_search.cli.progress import duration
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.export.tables import front_rows
 from rank_search.front import FrontPoint
+from rank_search.study.liveness import WorkerId
 
 if TYPE_CHECKING:
     from rank_search.study.records import StudyStatus
@@ -98,10 +99,10 @@ def status_lines(status: StudyStatus) -> Iterable[str]:
     if status.last_activity is not None:
         yield f"{'last activity':<15}{_moment(status.last_activity)}"
     for worker in status.workers:
-        host, process, _ = worker.worker.rsplit(":", 2)
+        who = WorkerId.parse(worker.worker)
         doing = "between two trials" if worker.trial is None else f"trial {worker.trial}"
         silent = ", silent: what it holds is proposed again" if worker.is_silent else ""
-        yield f"{'worker':<15}{host}, process {process}: {doing}, last heard of {worker.age:.0f} s ago{silent}"
+        yield f"{'worker':<15}{who.host}, process {who.pid}: {doing}, last heard of {worker.age:.0f} s ago{silent}"
     for number, reason in status.failures:
         yield f"trial {number} failed: {reason}"
 
