@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rank_search.dashboard.viewing import StudyView as StudyView
-from rank_search.errors import BudgetError, DataError, RankMapError, StorageError
+from rank_search.errors import BudgetError, CrowdedError, DataError, RankMapError, StorageError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
 from rank_search.progress import SILENT, Progress
@@ -96,10 +96,12 @@ def run(
         raise BudgetError("give trials or settle, not both: settling takes as many trials as it needs")
     wanted = None if settle else _wanted(trials, file)
     url = storage_url(storage, file)
-    pinned = _as_stored(url, file)
+    from rank_search.study.patience import Patience
     from rank_search.study.samplers import check_sampler
     from rank_search.study.space import check_range
 
+    patience = Patience(file.spec.run.database_patience_seconds, progress.say)
+    pinned = patience.keep_trying(lambda: _as_stored(url, file), CrowdedError)
     check_sampler(file.spec.search)
     other = None
     if warm_start is not None:
@@ -110,18 +112,16 @@ def run(
     from rank_search.dashboard.spectra import Spectra
     from rank_search.preparing import prepare as prepare_study
     from rank_search.stop_rules import StopRules
-    from rank_search.study.patience import Patience
     from rank_search.study.study import Study, given_seeds
     from rank_search.study.turns import Turns
     from rank_search.trial import Evaluator
     from rank_search.worker import stop_reason, work
 
-    patience = Patience(file.spec.run.database_patience_seconds, progress.say)
     prepared = prepare_study(
         pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space),
         turn=Turns.of(url, file.spec.run.lease_seconds, patience),
     )  # fmt: skip
-    asked = given_seeds(file.spec, url, prepared.allocator)
+    asked = patience.keep_trying(lambda: given_seeds(file.spec, url, prepared.allocator), CrowdedError)
     given = _seed_rank_maps(prepared, asked, progress) if asked else {}
     opened = Study.open(
         file.spec, url, prepared.allocator, facts_of(prepared), given, spool=file.work_dir / "spool",

@@ -17,12 +17,14 @@
     │   ├── ConflictError           something that does not go with what is there already
     │   └── StorageError            database unreachable, of an unknown version, or without the study
     │       ├── UnavailableError    it may pass by itself: no connection, a full disk
+    │       │   └── CrowdedError    a server that has as many connections as it allows
     │       └── LeaseLostError      a trial that another worker has taken over; what came of it is not stored
     ├── OutOfPatienceError          the database stayed unavailable for too long
     ├── DeviceLostError             a GPU that this process cannot use any more
+    ├── HostMemoryError             the host has no memory left for this process
     ├── ServiceError                a service that refuses a request or cannot be reached
     ├── DecompositionError          a layer whose factors could not be computed
-    ├── BankError                   a factor bank that cannot be written or is damaged
+    ├── BankError                   a factor bank that cannot be written or fetched, or is damaged
     ├── ExhaustedError              a study whose space has no rank map left that was not proposed
     └── TrialError                  one trial failed; the study goes on
         └── NonFiniteLossError      a loss that is NaN or infinite
@@ -96,6 +98,10 @@ class UnavailableError(StorageError):
     """The database cannot be reached or has no room; that may pass by itself."""
 
 
+class CrowdedError(UnavailableError):
+    """The database server has as many connections as it allows."""
+
+
 class LeaseLostError(StorageError):
     """A trial was taken from a worker that did not renew its lease; what it measured is not stored."""
 
@@ -108,6 +114,12 @@ class OutOfPatienceError(RankSearchError):
 
 class DeviceLostError(RankSearchError):
     """A GPU has failed under this process, which cannot use it any more; another process may."""
+
+    exit_code = 75
+
+
+class HostMemoryError(RankSearchError):
+    """The host has no memory left for this process, or a limit keeps it from it; another process may have more."""
 
     exit_code = 75
 
@@ -129,7 +141,7 @@ class DecompositionError(RankSearchError):
 
 
 class BankError(RankSearchError):
-    """A factor bank cannot be written, or is damaged."""
+    """A factor bank cannot be written or fetched, or is damaged."""
 
 
 class ExhaustedError(RankSearchError):

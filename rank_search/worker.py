@@ -20,12 +20,12 @@ from rank_search.errors import (
     one_line,
 )
 from rank_search.measurement import Measurement
+from rank_search.model.memory import is_out_of_memory
 from rank_search.progress import SILENT, Progress
 from rank_search.stop_rules import StopRules
 from rank_search.study.heeding import Heeding
 from rank_search.study.records import Effort, State
 from rank_search.study.study import Proposal, Study
-from rank_search.train.memory import is_out_of_memory
 from rank_search.trial import Evaluator
 
 SAME_FAILURES = 3
@@ -76,7 +76,7 @@ def work(
     started = time.monotonic()
     reasons: list[str] = []
     study.set_stop_reason(None)
-    effort = study.effort()
+    effort = _effort(study, rules)
     heeding = Heeding(study, progress)
     while (stop := heeding.stop_reason() or stop_reason(study, trials, rules, effort, heeding.now() - started)) is None:
         try:
@@ -92,7 +92,7 @@ def work(
                 f"{SAME_FAILURES} trials in a row failed for the same reason ({reasons[-1]}); "
                 "mend it and run again, the study resumes"
             )
-        effort = study.effort()
+        effort = _effort(study, rules)
     study.set_stop_reason(stop)
     return stop
 
@@ -101,12 +101,16 @@ def stop_reason(
     study: Study, trials: int | None, rules: StopRules, effort: Effort | None = None, wall: float = 0.0
 ) -> str | None:
     """Why a search that has run for ``wall`` seconds stops here; None: it goes on."""
-    effort = effort or study.effort()
+    effort = effort or _effort(study, rules)
     if trials is None:
         return None if study.unsettled() else "the front is settled"
     if effort.finished >= trials:
         return f"{effort.finished} trials are finished"
     return study.stop_reason(rules, wall, effort.seconds)
+
+
+def _effort(study: Study, rules: StopRules) -> Effort:
+    return study.effort(with_seconds=rules.gpu_seconds is not None)
 
 
 def _left(effort: Effort, trials: int | None, rules: StopRules) -> int:

@@ -27,21 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from _bench import environment, print_table
+from _made_up import facts_of, made_up_allocator, made_up_measurement
 
 from rank_search import api
 from rank_search.allocation import Allocator
-from rank_search.measurement import Fidelity, Measurement
-from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.spec import StudySpec, parse_study
-from rank_search.study.facts import StudyFacts
 from rank_search.study.study import Study
 
 TIMED = 20
-TYPES = {
-    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576),
-    "self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576),
-    "mlp.down_proj": (576, 1536),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -69,7 +62,7 @@ def _rows(kind: str, url: str, blocks: int, args: argparse.Namespace) -> Iterato
     allocator = made_up_allocator(blocks)
     search = {"space": args.space, "sampler": args.sampler, "seed": 0}
     spec = parse_study({"name": f"overhead-{blocks}", "model": {"source": "none"}, "search": search}, where="bench")
-    facts = _facts(allocator)
+    facts = facts_of(allocator)
     random = np.random.default_rng(0)
     done, first = 0, time.perf_counter()
     study = Study.open(spec, url, allocator, facts)
@@ -109,7 +102,7 @@ def _trial(study: Study, allocator: Allocator, random: np.random.Generator) -> t
     started = time.perf_counter()
     proposal = study.ask()
     asked = time.perf_counter()
-    measured = _measurement(allocator, proposal.rank_map, random)
+    measured = made_up_measurement(allocator, proposal.rank_map, random)
     measured_at = time.perf_counter()
     study.tell(proposal, measured)
     return asked - started, time.perf_counter() - measured_at
@@ -123,39 +116,6 @@ def _best(call: Callable[[], object]) -> float:
         call()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def made_up_allocator(blocks: int) -> Allocator:
-    """Layers of SmolLM2's shapes whose predicted rises fall off at various paces."""
-    shapes = tuple(
-        LayerShape(f"model.layers.{depth}.{name}", m, n, name, depth)
-        for depth in range(blocks)
-        for name, (m, n) in TYPES.items()
-    )
-    random = np.random.default_rng(0)
-    tails = {}
-    for shape in shapes:
-        energies = np.exp(-np.arange(min(shape.m, shape.n)) / random.uniform(20, 200)) * random.uniform(0.2, 2) * 1e-3
-        tails[shape.name] = np.append(np.cumsum(energies[::-1])[::-1], 0.0)
-    dense = sum(shape.dense_params for shape in shapes)
-    return Allocator(RankSpace(shapes, dense + 28_300_000), tails)
-
-
-def _measurement(allocator: Allocator, rank_map: RankMap, random: np.random.Generator) -> Measurement:
-    space = allocator.space
-    return Measurement(
-        loss=3.0 + allocator.predicted_rise(rank_map) * float(random.uniform(0.9, 1.1)), standard_error=0.01,
-        num_params=space.num_params(rank_map), target_params=space.target_params(rank_map),
-        kept_of_targets=space.kept_of_targets(rank_map), kept_of_model=space.kept_of_model(rank_map),
-        fidelity=Fidelity.TUNED, tokens=100_000,
-    )  # fmt: skip
-
-
-def _facts(allocator: Allocator) -> StudyFacts:
-    return StudyFacts(
-        source="none", revision=None, weights_digest="", shapes=allocator.space.shapes,
-        model_params=allocator.space.model_params, calibration_digest="", bank="",
-    )  # fmt: skip
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from bench_overhead import made_up_allocator
+from _made_up import made_up_allocator
 
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import RankMap, RankSpace

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rank_search import api
-from rank_search.errors import RankSearchError
+from rank_search.errors import HostMemoryError, RankSearchError, one_line
 from rank_search.launch import exits
 from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.progress import SILENT, Preempted, Progress, Step
@@ -39,14 +39,30 @@ if TYPE_CHECKING:
 def study_file(study: str, storage: str | None) -> StudyFile:
     """A study's file, or for a name the one in the database, whose relative paths start where they did then.
 
+    Those of one that a service took on and no worker has prepared start here: the first worker makes its folder.
+
     Raises:
         StudyFileError: the file is missing or malformed.
         StorageError: the database cannot be reached, or has no study of this name.
     """
     if Path(study).suffix == ".toml" or Path(study).is_file():
         return load_study_file(study)
-    record = api.view(study, storage=storage).record
+    from rank_search.study.store import StudyStore
+    from rank_search.study.submissions import submission
+
+    with StudyStore(api.storage_url(storage, None)) as store:
+        if study not in store.studies() and (taken_on := submission(store.engine, study)) is not None:
+            return StudyFile(spec=taken_on.spec, folder=Path.cwd())
+        record = store.study(study)
     return StudyFile(spec=record.spec, folder=Path(record.facts.folder))
+
+
+def spread_over(file: StudyFile, gpus: int | None) -> StudyFile:
+    """The same study with its model on so many GPUs, unless the file itself says on how many."""
+    if gpus is None or file.spec.run.gpus_per_model is not None:
+        return file
+    run = file.spec.run.model_copy(update={"gpus_per_model": gpus})
+    return StudyFile(spec=file.spec.model_copy(update={"run": run}), folder=file.folder)
 
 
 def run_worker(
@@ -76,10 +92,26 @@ def run_worker(
         end_with_supervisor()
         with Stopping(grace) as stopping:
             refuse_other_hosts(api.storage_url(storage, file), file.spec.name)
-            api.run(file, storage=storage, trials=trials, progress=stopping.watching(progress), on_outcome=ended)
+            with _told_apart():
+                api.run(file, storage=storage, trials=trials, progress=stopping.watching(progress), on_outcome=ended)
     except Preempted:
         return exits.PREEMPTED
     return exits.DONE
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """From defects: memory that runs out where no trial can be blamed for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        from rank_search.model.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise HostMemoryError(
+            f"out of memory beside the trials ({one_line(error)}); give the worker more, or run fewer on this host"
+        ) from None
 
 
 def outcome_line(outcome: Outcome) -> str:
@@ -113,11 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study", help="the study's file, or its name in the database")
     parser.add_argument("--trials", type=int, help="finished trials wanted")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds to finish a trial in when asked to stop")
+    parser.add_argument("--gpus-per-model", type=int, help="GPUs to spread the model over, if its file does not tell")
     given = parser.parse_args(arguments)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        file = study_file(given.study, None)
+        file = spread_over(study_file(given.study, None), given.gpus_per_model)
         code = run_worker(
             file, trials=given.trials, grace=given.grace, progress=LogLines(),
             on_outcome=lambda outcome: print(outcome_line(outcome), flush=True),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container, Iterable, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from rank_search.study.optuna_rows import add_params, create_trial, has_trials
 
 NEWEST = 600
 """So many of the newest finished trials are shown to samplers, ..."""
@@ -22,6 +25,19 @@ T = TypeVar("T")
 _UNFINISHED = frozenset({TrialState.RUNNING, TrialState.WAITING})
 
 
+@dataclass
+class _Begun:
+    """A trial of this process that is being sampled or measured.
+
+    Attributes:
+        made: as it was made; until it is asked for, since then nobody needs to read it.
+        params: not yet written.
+    """
+
+    made: FrozenTrial | None = None
+    params: dict[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
+
+
 class BoundedStorage(BaseStorage):
     """One study's trials as a sampler needs them, which neither reads nor looks at all of a long study.
 
@@ -29,12 +45,20 @@ class BoundedStorage(BaseStorage):
     every trial with all of its parameters and attributes. Samplers see, besides what is not finished, the
     :data:`NEWEST` finished trials and the :data:`BEST` of the first fronts: of what a sampler does with thousands, most
     goes into telling how bad the bad ones are.
+
+    A trial's parameters are collected, and written in one transaction by :meth:`write_params`, or before anything that
+    needs them.
+
+    Args:
+        signature: attributes that trials are made with, so that at no moment one is there without them.
     """
 
-    def __init__(self, storage: RDBStorage) -> None:
+    def __init__(self, storage: RDBStorage, signature: Mapping[str, Any] | None = None) -> None:
         self._all = storage
         self._cached: BaseStorage = get_storage(storage)
-        self._created: set[int] = set()
+        self._signature = dict(signature or {})
+        self._begun: dict[int, _Begun] = {}
+        self._ids: dict[int, int] = {}
         self._shown = _Shown()
 
     def get_all_trials(
@@ -43,6 +67,8 @@ class BoundedStorage(BaseStorage):
         """Unfinished ones alone straight from the database; with finished ones through the cache, and bounded."""
         wanted = tuple(state for state in TrialState if states is None or state in states)
         if _UNFINISHED.issuperset(wanted):
+            if not has_trials(self._all, study_id, wanted):  # as a rule: who asks looks for waiting ones
+                return []
             trials = self._all.get_all_trials(study_id, deepcopy=False, states=wanted)
         else:
             trials = self._bounded(self._cached.get_all_trials(study_id, deepcopy=False), set(wanted))
@@ -55,24 +81,53 @@ class BoundedStorage(BaseStorage):
         return [trial for trial in trials if trial.state in states]
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """As the cache does, which then knows the trial."""
-        trial_id = self._cached.create_new_trial(study_id, template_trial)
-        self._created.add(trial_id)
+        """One to be sampled, or one that is given."""
+        if template_trial is not None:
+            return self._cached.create_new_trial(study_id, template_trial)
+        made = create_trial(self._all, study_id, self._signature)
+        trial_id: int = made._trial_id
+        self._begun[trial_id], self._ids[made.number] = _Begun(made), trial_id
         return trial_id
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """One trial; Optuna asks for a new one at once, which nobody else has changed by then."""
+        begun = self._begun.get(trial_id)
+        if begun is not None and begun.made is not None:
+            made, begun.made = begun.made, None
+            return made
+        self.write_params(trial_id)
+        return self._cached.get_trial(trial_id)
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """Its id."""
+        known = self._ids.get(trial_number)
+        return self._cached.get_trial_id_from_study_id_trial_number(study_id, trial_number) if known is None else known
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        """Through the cache where it knows the trial: one statement less."""
-        storage = self._cached if trial_id in self._created else self._all
-        storage.set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        """Collect a parameter."""
+        self._begun.setdefault(trial_id, _Begun()).params[param_name] = param_value_internal, distribution
+
+    def write_params(self, trial_id: int) -> None:
+        """Write what is collected of a trial.
+
+        Raises:
+            UpdateFinishedTrialError: it has ended.
+        """
+        begun = self._begun.get(trial_id)
+        if begun is not None and begun.params:
+            add_params(self._all, trial_id, begun.params)
+            begun.params = {}
 
     def forget(self, trial_id: int) -> None:
         """Let go of what is only needed of a trial that runs."""
-        self._created.discard(trial_id)
+        self._begun.pop(trial_id, None)
+        self._ids = {number: known for number, known in self._ids.items() if known != trial_id}
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As the database does."""
+        self.write_params(trial_id)
         if state.is_finished():
             self.forget(trial_id)
         return self._cached.set_trial_state_values(trial_id, state, values)
@@ -119,10 +174,6 @@ class BoundedStorage(BaseStorage):
         """All studies of the database."""
         return self._cached.get_all_studies()
 
-    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        """Its id."""
-        return self._cached.get_trial_id_from_study_id_trial_number(study_id, trial_number)
-
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Write what no study here writes."""
         self._cached.set_trial_intermediate_value(trial_id, step, intermediate_value)
@@ -134,10 +185,6 @@ class BoundedStorage(BaseStorage):
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Write a trial's hidden attribute."""
         self._cached.set_trial_system_attr(trial_id, key, value)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """One trial."""
-        return self._cached.get_trial(trial_id)
 
     def remove_session(self) -> None:
         """Close this thread's connection."""

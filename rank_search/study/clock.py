@@ -11,31 +11,31 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
 
 
-class _Now(FunctionElement[datetime]):
+class Now(FunctionElement[datetime]):
     """This moment in UTC, without a zone. Not the beginning of the transaction, which may have waited for a lock."""
 
     type = DateTime()
     inherit_cache = True
 
 
-@compiles(_Now, "sqlite")
-def _of_sqlite(_element: _Now, _compiler: Any, **_: Any) -> str:
+@compiles(Now, "sqlite")
+def _of_sqlite(_element: Now, _compiler: Any, **_: Any) -> str:
     return "strftime('%Y-%m-%d %H:%M:%f', 'now')"
 
 
-@compiles(_Now, "postgresql")
-def _of_postgresql(_element: _Now, _compiler: Any, **_: Any) -> str:
+@compiles(Now, "postgresql")
+def _of_postgresql(_element: Now, _compiler: Any, **_: Any) -> str:
     return "timezone('UTC', clock_timestamp())"
 
 
-@compiles(_Now, "mysql")
-@compiles(_Now, "mariadb")
-def _of_mysql(_element: _Now, _compiler: Any, **_: Any) -> str:
+@compiles(Now, "mysql")
+@compiles(Now, "mariadb")
+def _of_mysql(_element: Now, _compiler: Any, **_: Any) -> str:
     return "UTC_TIMESTAMP(6)"
 
 
 def database_now(connection: Connection | Session) -> datetime:
     """What the database's clock says: UTC, without a zone, whatever the sessions' time zones are."""
-    now = connection.execute(select(_Now())).scalar_one()
+    now = connection.execute(select(Now())).scalar_one()
     assert isinstance(now, datetime)
     return now

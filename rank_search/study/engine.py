@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,17 +14,22 @@ from urllib.parse import quote, quote_plus
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.dialects import plugins
 from sqlalchemy.engine import URL, CreateEnginePlugin, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry
 
-from rank_search.errors import StorageError, UnavailableError
+from rank_search.errors import CrowdedError, StorageError, UnavailableError
 
 BUSY_SECONDS = 60
 """How long a process waits for the write lock of an SQLite file."""
 
 CONNECT_SECONDS = 15
 """How long a process waits for a server that does not answer; ``connect_timeout`` in the URL overrides it."""
+
+IDLE_SECONDS = 1.0
+"""A pooled connection that was idle for longer is asked whether it still works. With one that was in use just now, that
+would be a good part of what a worker asks of a database."""
 
 WRITING = {"rank_search_begin": "BEGIN IMMEDIATE"}
 """Execution options of a transaction that may write, the default."""
@@ -34,6 +41,10 @@ NO_TRANSACTION = {"rank_search_begin": ""}
 """Execution options of statements that SQLite refuses inside a transaction."""
 
 _ADVICE = "check --storage or RANK_SEARCH_STORAGE"
+
+_ROOM = "a worker holds two connections; raise the server's max_connections, or run fewer workers"
+_CROWDED_WORDS = ("too many clients", "too many connections", "connection slots are reserved", "max_user_connections")
+"""PostgreSQL's of the server, of a database and of a role, and MySQL's."""
 
 _PASSING_CODES = re.compile(r"08...|53...|57P0[1-4]")
 """SQLSTATEs of PostgreSQL: connection, resources (a full disk, too many connections), shutdown and crash."""
@@ -65,23 +76,72 @@ class _Setup(CreateEnginePlugin):
     transaction takes the write lock when it begins, unless it is marked :data:`READ_ONLY`.
 
     PostgreSQL, MySQL: sessions in UTC, for in another time zone Optuna takes fresh trials of other workers for stale
-    ones. A statement sets it, because ``PGTZ`` in a worker's environment overrides the connection's options.
+    ones. A statement sets it, because ``PGTZ`` in a worker's environment overrides the connection's options. And pooled
+    connections that the server may have ended since are replaced.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
-        """Takes no arguments of its own."""
+        """Takes a list that the engine is put into, for those who cannot get at an engine that others make."""
+        self._made: list[Engine] = kwargs.pop("rank_search_made", [])
 
     def update_url(self, url: URL) -> URL:
         return url
 
     def engine_created(self, engine: Engine) -> None:
+        self._made.append(engine)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_pragmas)
             event.listen(engine, "begin", _begin)
-        elif engine.dialect.name == "postgresql":
-            event.listen(engine, "connect", _set_time_zone("SET TIME ZONE 'UTC'"))
-        elif engine.dialect.name in {"mysql", "mariadb"}:
-            event.listen(engine, "connect", _set_time_zone("SET time_zone = '+00:00'"))
+        else:
+            unfinished = _Unfinished()
+            event.listen(engine, "do_connect", unfinished.connect)
+            event.listen(engine, "connect", unfinished.finish)
+            event.listen(engine, "engine_disposed", unfinished.close)
+            zone = "SET TIME ZONE 'UTC'" if engine.dialect.name == "postgresql" else "SET time_zone = '+00:00'"
+            event.listen(engine, "connect", _set_time_zone(zone))
+            event.listen(engine, "checkin", _note_idle)
+            event.listen(engine, "checkout", lambda connection, record, _: _replace_dead(engine, connection, record))
+
+
+class _Unfinished:
+    """Connections whose server went away while SQLAlchemy asks its version: nobody else closes them."""
+
+    def __init__(self) -> None:
+        self._of_threads: dict[int, DBAPIConnection] = {}
+
+    def connect(self, dialect: Dialect, _record: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._close(threading.get_ident())
+        made = self._of_threads[threading.get_ident()] = dialect.connect(*args, **kwargs)
+        return made
+
+    def finish(self, _connection: DBAPIConnection, _record: object) -> None:
+        self._of_threads.pop(threading.get_ident(), None)
+
+    def close(self, _engine: Engine) -> None:
+        for thread in list(self._of_threads):
+            self._close(thread)
+
+    def _close(self, thread: int) -> None:
+        left = self._of_threads.pop(thread, None)
+        if left is not None:
+            left.close()
+
+
+def _note_idle(_connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
+    record.info["rank_search_idle"] = time.monotonic()
+
+
+def _replace_dead(engine: Engine, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    """Have the pool connect anew where its connections have ended."""
+    idle = record.info.get("rank_search_idle")
+    if idle is None or time.monotonic() - idle <= IDLE_SECONDS:
+        return
+    try:
+        is_alive = engine.dialect.do_ping(connection)
+    except engine.dialect.loaded_dbapi.Error:
+        is_alive = False
+    if not is_alive:
+        raise InvalidatePoolError
 
 
 def _set_time_zone(statement: str) -> Callable[[DBAPIConnection, object], None]:
@@ -174,14 +234,16 @@ def engine_kwargs(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {**setup, "connect_args": {"timeout": BUSY_SECONDS}}
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
-        return {**setup, "pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
-    return {**setup, "pool_pre_ping": True}
+        return {**setup, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
+    return setup
 
 
-def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:
+def make_engine(storage: str | URL, *, must_exist: bool = False, keeps: int = 5) -> Engine:
     """An engine for the project's own tables. Nothing is connected to yet.
 
-    ``must_exist`` refuses an SQLite file that is not there instead of leaving it to be made.
+    Args:
+        must_exist: refuse an SQLite file that is not there instead of leaving it to be made.
+        keeps: so many connections stay open when nobody uses them.
 
     Raises:
         StorageError: not a database URL, a missing driver, file or folder.
@@ -194,7 +256,7 @@ def make_engine(storage: str | URL, *, must_exist: bool = False) -> Engine:
         if not file.absolute().parent.is_dir():
             raise StorageError(f"database {file}: its folder does not exist; make the folder or {_ADVICE}")
     try:
-        engine = create_engine(url, **engine_kwargs(url))
+        engine = create_engine(url, pool_size=keeps, **engine_kwargs(url))
     except ModuleNotFoundError as error:
         # Other drivers' packages have the name of their module.
         packages = {"psycopg": "rank-search[postgresql]", "pymysql": "rank-search[mysql]"}
@@ -224,11 +286,13 @@ def storage_error(url: URL, error: BaseException | None) -> StorageError:
     """One line for an error of the database, without the password."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    kind = UnavailableError if _may_pass(error, cause, reason) else StorageError
+    if any(crowded in str(cause).lower() for crowded in _CROWDED_WORDS):
+        return CrowdedError(f"database {shown(url)}: {_scrub(reason, url)}; {_ROOM}")
+    kind = UnavailableError if _may_pass(error, cause) else StorageError
     return kind(f"database {shown(url)}: {_scrub(reason, url)}; {_ADVICE}")
 
 
-def _may_pass(error: BaseException | None, cause: BaseException | None, reason: str) -> bool:
+def _may_pass(error: BaseException | None, cause: BaseException | None) -> bool:
     """Whether the same statement may succeed later without anybody's doing."""
     words = str(cause).lower()
     if any(lasting in words for lasting in _LASTING_WORDS):

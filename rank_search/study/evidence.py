@@ -20,6 +20,9 @@ NEWEST = 128
 """So many of the newest complete trials, ..."""
 BEST = 128
 """... and so many points of the front."""
+RUNNING = 256
+"""So many of the newest running trials. What is beyond them may be proposed twice, and then is skipped; to read the
+rank maps of a thousand workers before every trial would be most of what a database does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Evidence:
         self._rank_maps: dict[int, RankMap] = {}
 
     def read(self) -> list[Tried]:
-        """Complete trials, :data:`BEST` of the front and the :data:`NEWEST`, and running ones, by number.
+        """Complete trials, :data:`BEST` of the front and the :data:`NEWEST`, and :data:`RUNNING` ones, by number.
 
         Raises:
             StorageError: the database cannot be reached or is damaged.
@@ -63,6 +66,7 @@ class Evidence:
             complete = columns.where(TrialRow.state == State.COMPLETE)
             newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
             running = columns.where(TrialRow.state == State.RUNNING)
+            running = running.order_by(TrialRow.number.desc()).limit(RUNNING)
             front = select(FrontRow.trial, FrontRow.loss, FrontRow.kept_of_targets).where(FrontRow.study == self._name)
             found: dict[int, tuple[float | None, float | None]] = {}
             best = thinned(session.execute(front.order_by(FrontRow.num_params)).all(), BEST)

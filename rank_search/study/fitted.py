@@ -81,8 +81,7 @@ class FittedSampler(WholeSpaceSampler):
                 front.append((kept, loss))
         if not front:
             return []
-        space = self._space.allocator.space
-        running = {space.kept_of_targets(one.rank_map) for one in tried if one.loss is None}
+        running = {self._rises.kept_of(one) for one in tried if one.loss is None}
         return sorted([*front, *((kept, loss_at(front, kept)) for kept in running - {kept for kept, _ in front})])
 
     def _drawn(self, multipliers: Floats, kept: float) -> Params:
@@ -93,13 +92,20 @@ class FittedSampler(WholeSpaceSampler):
 
 
 class Rises:
-    """Predicted rises of rank maps that were tried, layer by layer, beside those of the closed form at their sizes;
-    each computed once."""
+    """Predicted rises of rank maps that were tried, layer by layer, beside those of the closed form at their sizes, and
+    kept fractions; each computed once."""
 
     def __init__(self, space: MultiplierSpace) -> None:
         self._allocator = space.allocator
         self._known: dict[int, tuple[Floats, Floats]] = {}
         self._closed: dict[int, Floats] = {}
+        self._kept: dict[int, float] = {}
+
+    def kept_of(self, running: Tried) -> float:
+        """Kept fraction of a trial that is being measured."""
+        if running.number not in self._kept:
+            self._kept[running.number] = self._allocator.space.kept_of_targets(running.rank_map)
+        return self._kept[running.number]
 
     def of(self, measured: Sequence[Tried]) -> tuple[Floats, Floats]:
         """(n, layers) and (n, layers)."""

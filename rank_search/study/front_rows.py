@@ -8,10 +8,11 @@ from sqlalchemy.orm import Session
 from rank_search.front import FrontPoint, Outcome, non_dominated
 from rank_search.measurement import Fidelity
 from rank_search.study.stored import front_row, measurement_of, rank_map_of
-from rank_search.study.tables import FrontRow, StudyRow, TrialRow
+from rank_search.study.tables import FrontRow, TrialRow
+from rank_search.study.trial_rows import StudyKey
 
 
-def update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
+def update_front(session: Session, study: StudyKey, point: FrontPoint) -> None:
     """Put a new point on the front if it belongs there, and take off what it dominates.
 
     A point that is off the front stays off, so the old front and the new point determine the new front.
@@ -32,7 +33,7 @@ def update_front(session: Session, study: StudyRow, point: FrontPoint) -> None:
         session.add(front_row(study.name, point))
 
 
-def stored_front(session: Session, study: StudyRow) -> list[FrontPoint]:
+def stored_front(session: Session, study: StudyKey) -> list[FrontPoint]:
     """The stored points, by ascending parameter count."""
     query = (
         select(TrialRow)

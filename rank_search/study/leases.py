@@ -6,14 +6,15 @@ database too, so that no two clocks are ever compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, Engine, Select, delete, select, update
+from sqlalchemy import ColumnElement, Engine, ScalarSelect, Select, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from rank_search.study.clock import database_now
+from rank_search.study.clock import Now, database_now
 from rank_search.study.engine import READ_ONLY, translated
 from rank_search.study.liveness import WorkerId
 from rank_search.study.records import State, WorkerBeat
@@ -60,19 +61,29 @@ def add_lease(session: Session, study_id: int, trial: int, holder: str, seconds:
 
     The transaction holds the lock on the study's row; so, too, for :func:`drop_lease`.
     """
-    drop_lease(session, study_id, trial)
-    now = database_now(session)
-    session.add(
-        LeaseRow(
-            study_id=study_id, trial=trial, holder=holder, attempt=attempt, acquired=now, renewed=now,
-            expires=now + timedelta(seconds=seconds),
-        )
-    )  # fmt: skip
+    now, old = session.execute(select(Now(), lease_id(study_id, trial))).one()
+    if old is not None:
+        drop_leases(session, [old])
+    given = {
+        "study_id": study_id, "trial": trial, "holder": holder, "attempt": attempt, "acquired": now, "renewed": now,
+        "expires": now + timedelta(seconds=seconds),
+    }  # fmt: skip
+    session.execute(insert(LeaseRow).values(given))
 
 
 def drop_lease(session: Session, study_id: int, trial: int) -> None:
     """End the lease on a trial, if there is one."""
     _delete(session, LeaseRow.study_id == study_id, LeaseRow.trial == trial)
+
+
+def drop_leases(session: Session, ids: Sequence[int]) -> None:
+    """End leases of known row ids."""
+    session.execute(delete(LeaseRow).where(LeaseRow.id.in_(ids)), execution_options={"synchronize_session": False})
+
+
+def lease_id(study_id: int, trial: int) -> ScalarSelect[int]:
+    """The row id of the lease on a trial, to be asked for along with something else."""
+    return select(LeaseRow.id).where(LeaseRow.study_id == study_id, LeaseRow.trial == trial).scalar_subquery()
 
 
 def leases_of(session: Session, study_id: int) -> list[Lease]:
@@ -223,7 +234,7 @@ def _ids(session: Session, *conditions: ColumnElement[bool]) -> list[int]:
 
 def _delete(session: Session, *conditions: ColumnElement[bool]) -> None:
     if ids := _ids(session, *conditions):
-        session.execute(delete(LeaseRow).where(LeaseRow.id.in_(ids)))
+        drop_leases(session, ids)
 
 
 def _id_of(study: str) -> Select[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,13 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateF
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from rank_search.errors import StorageError, StudyFileError, StudyMismatchError
 from rank_search.ranks import RankMap
 from rank_search.spec import SearchSpec
 from rank_search.study.bounded import BoundedStorage
-from rank_search.study.ending import end_trial
 from rank_search.study.engine import (
     READ_ONLY,
     WRITING,
@@ -33,6 +33,7 @@ from rank_search.study.engine import (
 from rank_search.study.evidence import Evidence
 from rank_search.study.liveness import WorkerId
 from rank_search.study.mutation import RANK_MAP, rank_map_text, told_rank_map
+from rank_search.study.optuna_rows import end_trial, has_attribute
 from rank_search.study.records import PREDICTED_RISE as PREDICTED_RISE
 from rank_search.study.samplers import SeededSampler
 from rank_search.study.space import GivenSeeds, Params, SearchSpace, Seed
@@ -42,6 +43,9 @@ METRICS = ["validation loss", "parameters"]
 
 _SEEDED = "seeded"
 """The study's attribute that says that all its seeds are there."""
+
+_WORKER = "worker"
+"""The trial's attribute that names who has claimed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,9 @@ class OptunaStudy:
         self._worker = str(WorkerId.current())
         self._proposed: tuple[int, RankMap] | None = None
         self._rdb = open_storage(url, skip_table_creation=True)
-        self._storage = BoundedStorage(self._rdb)
-        with self._translated(), quiet():
+        self._storage = BoundedStorage(self._rdb, {_WORKER: self._worker})
+        with ExitStack() as undo, self._translated(), quiet():
+            undo.callback(self.close)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -98,6 +103,7 @@ class OptunaStudy:
                 load_if_exists=True,
             )
             self._id = self._storage.get_study_id_from_name(name)
+            undo.pop_all()
 
     @classmethod
     def exists(cls, url: URL, name: str) -> bool:
@@ -170,6 +176,7 @@ class OptunaStudy:
         """Claim a waiting trial, or sample a new one."""
         with self._translated():
             trial = self._study.ask(fixed_distributions=self._space.distributions)
+            self._storage.write_params(trial._trial_id)
             # Only what was enqueued holds one by now, and has a source.
             told = told_rank_map(self.trial(trial.number)) if "source" in trial.user_attrs else None
             rank_map = None if told is None else RankMap(json.loads(told))
@@ -216,7 +223,8 @@ class OptunaStudy:
 
     def is_retried(self, number: int) -> bool:
         """Whether a trial was proposed again already, by a process that died before it could end the first attempt."""
-        return any(trial.user_attrs.get("retry_of") == number for trial in self.trials())
+        with self._translated():
+            return has_attribute(self._rdb, self._id, "retry_of", number)
 
     def trial(self, number: int) -> FrozenTrial:
         """One trial."""
@@ -233,14 +241,13 @@ class OptunaStudy:
         close_storage(self._rdb)
 
     def _sign(self, trial: FrozenTrial) -> None:
-        """Write who has claimed a trial, so that others know if this process dies over its sampling."""
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-        self._storage.set_trial_user_attr(trial_id, "worker", self._worker)
+        """Write who has claimed a trial that waited, so that others know if this process dies over its sampling."""
+        if trial.user_attrs.get(_WORKER) != self._worker:
+            self._storage.set_trial_user_attr(trial._trial_id, _WORKER, self._worker)
 
     def _keep(self, trial: FrozenTrial, rank_map: RankMap) -> None:
         """Write the rank map that a sampler proposes beside parameters that only stand near it."""
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-        self._storage.set_trial_system_attr(trial_id, RANK_MAP, rank_map_text(rank_map))
+        self._storage.set_trial_system_attr(trial._trial_id, RANK_MAP, rank_map_text(rank_map))
         self._proposed = trial.number, rank_map
 
     def _finish(
@@ -297,27 +304,34 @@ def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
     Raises:
         StorageError: unreachable, or its Optuna tables are of a version that the installed Optuna cannot read.
     """
-    try:
-        with translated(url):
-            storage = RDBStorage(
-                url.render_as_string(hide_password=False),
-                # Its constructor reads on two connections at once, which must not both be writers.
-                engine_kwargs={**engine_kwargs(url), "execution_options": READ_ONLY},
-                skip_table_creation=skip_table_creation,
-            )
-            storage.engine.update_execution_options(**WRITING)
-            # Two dozen commits a trial. The project's own, which wait, take those before them to the disk; what comes
-            # after them, the telling of a stored measurement, is told again when the study is opened.
-            commit_without_waiting(storage.engine)
-            return storage
-    except StorageInternalError as error:
-        raise storage_error(url, error.__cause__ or error) from None
-    except RuntimeError:
-        # The one RuntimeError of Optuna's constructor is its check of the schema's version.
-        raise StorageError(
-            f"database {shown(url)} holds tables of another Optuna version than {optuna.__version__}; "
-            "run `rank-search db upgrade`, or give another database"
-        ) from None
+    made: list[Engine] = []
+    # Its constructor reads on two connections at once, which must not both be writers.
+    kwargs = {**engine_kwargs(url), "execution_options": READ_ONLY, "rank_search_made": made}
+    with ExitStack() as undo:
+        undo.callback(_dispose, made)  # nobody else does where the constructor refuses
+        try:
+            with translated(url):
+                shown_url = url.render_as_string(hide_password=False)
+                storage = RDBStorage(shown_url, engine_kwargs=kwargs, skip_table_creation=skip_table_creation)
+        except StorageInternalError as error:
+            raise storage_error(url, error.__cause__ or error) from None
+        except RuntimeError:
+            # The one RuntimeError of Optuna's constructor is its check of the schema's version.
+            raise StorageError(
+                f"database {shown(url)} holds tables of another Optuna version than {optuna.__version__}; "
+                "run `rank-search db upgrade`, or give another database"
+            ) from None
+        storage.engine.update_execution_options(**WRITING)
+        # Several commits a trial. The project's own, which wait, take those before them to the disk; what comes after
+        # them, the telling of a stored measurement, is told again when the study is opened.
+        commit_without_waiting(storage.engine)
+        undo.pop_all()
+    return storage
+
+
+def _dispose(engines: list[Engine]) -> None:
+    for engine in engines:
+        engine.dispose()
 
 
 def close_storage(storage: RDBStorage) -> None:

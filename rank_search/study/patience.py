@@ -30,8 +30,14 @@ class Patience:
         self.say = say
         self.outages = 0
 
-    def keep_trying(self, action: Callable[[], _Result]) -> _Result:
+    def keep_trying(
+        self, action: Callable[[], _Result], only: type[UnavailableError] = UnavailableError
+    ) -> _Result:  # fmt: skip
         """The result of ``action``, which must be one that may be done twice.
+
+        Args:
+            only: what is waited out. At a start that is :class:`CrowdedError` alone: nobody wants to wait half an hour
+                for a server whose address is mistyped.
 
         Raises:
             UnavailableError: there is no patience at all.
@@ -41,7 +47,7 @@ class Patience:
         while True:
             try:
                 result = action()
-            except UnavailableError as error:
+            except only as error:
                 self.outages += 1
                 away = time.monotonic() - started
                 if not self.seconds:

@@ -82,7 +82,8 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What a study has cost so far: finished and running trials, and the seconds of all measurements."""
+    """What a study has cost so far: finished and running trials, and the seconds of all measurements, 0 where they were
+    not asked for."""
 
     finished: int
     running: int

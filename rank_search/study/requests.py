@@ -65,15 +65,27 @@ def set_action(session: Session, study: str, action: Action, asked_by: str) -> N
         row.action, row.asked_by, row.created = action, asked_by, datetime.now(UTC)
 
 
-def asked_for(engine: Engine, study: str) -> Action:
-    """What the workers of a study are to do.
+def asked_of_workers(engine: Engine, study: str) -> tuple[Action, list[Queued]]:
+    """What the workers of a study are to do, and the rank maps that none of them has taken yet, the first one first.
 
     Raises:
         StorageError: the database cannot be reached.
     """
-    query = select(RequestRow.action).where(RequestRow.study == study)
+    waiting = (
+        select(QueueRow.id, QueueRow.rank_map)
+        .join(StudyRow, StudyRow.id == QueueRow.study_id)
+        .where(StudyRow.name == study, QueueRow.taken.is_(None))
+        .order_by(QueueRow.id)
+    )
     with translated(engine.url), engine.connect().execution_options(**READ_ONLY) as connection:
-        return Action(connection.scalar(query) or Action.RUN)
+        action = connection.scalar(select(RequestRow.action).where(RequestRow.study == study))
+        rows = connection.execute(waiting).all()
+    return Action(action or Action.RUN), [Queued(number, rank_map_of(text)) for number, text in rows]
+
+
+def asked_for(engine: Engine, study: str) -> Action:
+    """What the workers of a study are to do."""
+    return asked_of_workers(engine, study)[0]
 
 
 def all_asked_for(engine: Engine) -> dict[str, Action]:
@@ -112,20 +124,8 @@ def queue_rank_map(engine: Engine, study: str, rank_map: RankMap, asked_by: str)
 
 
 def queued_rank_maps(engine: Engine, study: str) -> list[Queued]:
-    """The rank maps that no worker has taken yet, the first one first.
-
-    Raises:
-        StorageError: the database cannot be reached.
-    """
-    query = (
-        select(QueueRow.id, QueueRow.rank_map)
-        .join(StudyRow, StudyRow.id == QueueRow.study_id)
-        .where(StudyRow.name == study, QueueRow.taken.is_(None))
-        .order_by(QueueRow.id)
-    )
-    with translated(engine.url), engine.connect().execution_options(**READ_ONLY) as connection:
-        rows = connection.execute(query).all()
-    return [Queued(number, rank_map_of(text)) for number, text in rows]
+    """The rank maps that no worker has taken yet."""
+    return asked_of_workers(engine, study)[1]
 
 
 def mark_taken(engine: Engine, queued: list[Queued]) -> None:

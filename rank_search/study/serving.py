@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+_FIGURES = b'"plotly_graph_objects": '
+_STUDY = re.compile(r"/api/studies/\d+")
 _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
 _REFUSAL = b'{"reason": "this dashboard is read-only but for notes; rank-search itself changes studies"}'
 
@@ -51,9 +54,36 @@ def dashboard_app(storage: str | URL, artifacts: Reader) -> Iterator[WSGIApplica
     rdb.engine.update_execution_options(**READ_ONLY)
     try:
         with quiet():
-            yield wsgi(get_storage(rdb), artifact_store=_Store(artifacts))
+            yield in_order(wsgi(get_storage(rdb), artifact_store=_Store(artifacts)))
     finally:
         close_storage(rdb)
+
+
+def in_order(app: WSGIApplication) -> WSGIApplication:
+    """List a study's figures by their ids: optuna-dashboard takes them from a set, whose order is anyone's guess."""
+
+    def ordered(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "GET" or not _STUDY.fullmatch(environ.get("PATH_INFO", "")):
+            return app(environ, start_response)
+        begun: list[tuple[str, list[tuple[str, str]]]] = []
+
+        def begin(status: str, headers: list[tuple[str, str]], _error: object = None) -> Callable[[bytes], object]:
+            begun.append((status, headers))
+            return lambda _content: None  # only applications older than WSGI's second version write by it
+
+        body = b"".join(app(environ, begin))
+        status, headers = begun[-1]
+        if status.startswith("200"):
+            before, key, rest = body.partition(_FIGURES)  # no text holds it: quotes in texts have a backslash before
+            told = rest.decode()
+            found, end = json.JSONDecoder().raw_decode(told)
+            found.sort(key=lambda figure: figure["id"])
+            body = b"".join([before, key, json.dumps(found).encode(), told[end:].encode()])
+        kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        start_response(status, [*kept, ("Content-Length", str(len(body)))])
+        return [body]
+
+    return ordered
 
 
 def read_only(app: WSGIApplication, hosts: Iterable[str]) -> WSGIApplication:

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import ColumnElement, Engine, Select, and_, case, func, select
+from sqlalchemy import Engine, Select, and_, case, func, literal, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from rank_search.climbing import Step
-from rank_search.errors import LeaseLostError, StorageError
+from rank_search.errors import StorageError
 from rank_search.front import Front, FrontPoint
 from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
@@ -22,7 +22,7 @@ from rank_search.spec import LOSS_UNITS, StudySpec
 from rank_search.study.engine import READ_ONLY, make_engine, shown, translated
 from rank_search.study.facts import StudyFacts
 from rank_search.study.front_rows import stored_front, update_front
-from rank_search.study.leases import LEASE_SECONDS, add_lease, beats_of, drop_lease
+from rank_search.study.leases import LEASE_SECONDS, add_lease, beats_of
 from rank_search.study.records import (
     FINISHED,
     MEASURED,
@@ -45,6 +45,15 @@ from rank_search.study.stored import (
     trial_record,
 )
 from rank_search.study.tables import FrontRow, MeasurementRow, StudyRow, TrialRow
+from rank_search.study.trial_rows import (
+    HeldTrial,
+    StudyKey,
+    equal_trial,
+    promoted,
+    rungs_query,
+    take_over_rungs,
+    trial_query,
+)
 
 _SPENT = MeasurementRow.swap_seconds + MeasurementRow.finetune_seconds + MeasurementRow.score_seconds
 
@@ -73,13 +82,14 @@ class StudyStore:
 
     Args:
         storage: SQLAlchemy URL.
+        keeps: so many connections stay open when nobody uses them.
 
     Raises:
         StorageError: no such database, not reachable, or of another version. Nothing is made or changed.
     """
 
-    def __init__(self, storage: str | URL) -> None:
-        self.engine: Engine = make_engine(storage, must_exist=True)
+    def __init__(self, storage: str | URL, *, keeps: int = 5) -> None:
+        self.engine: Engine = make_engine(storage, must_exist=True, keeps=keeps)
         self._reading = self.engine.execution_options(**READ_ONLY)
         try:
             check_schema(self.engine)
@@ -114,7 +124,7 @@ class StudyStore:
     def front(self, name: str) -> Front:
         """The stored front."""
         with self._read() as session:
-            study = self._study_row(session, name)
+            study = self._key(session, name)
             return Front(tuple(stored_front(session, study)))
 
     def recompute_front(self, name: str) -> Front:
@@ -128,33 +138,44 @@ class StudyStore:
     def trials(self, name: str) -> list[TrialRecord]:
         """All trials by ascending number."""
         with self._read() as session:
-            study = self._study_row(session, name)
+            study = self._key(session, name)
             rows = session.scalars(select(TrialRow).where(TrialRow.study_id == study.id).order_by(TrialRow.number))
             return [trial_record(row) for row in rows]
 
     def trial(self, name: str, number: int) -> TrialRecord | None:
         """One trial, None if there is none of this number."""
         with self._read() as session:
-            row = session.scalar(_trial_query(self._study_row(session, name), number))
+            row = session.scalar(trial_query(self._key(session, name), number))
             return None if row is None else trial_record(row)
 
     def finished(self, name: str) -> int:
         """Trials that count towards the number wanted."""
-        return self.effort(name).finished
+        return self.effort(name, with_seconds=False).finished
 
-    def effort(self, name: str) -> Effort:
-        """What the study has cost so far."""
+    def effort(self, name: str, *, with_seconds: bool = True) -> Effort:
+        """What the study has cost so far; its seconds, for which all measurements are read, only if asked for."""
+        this = StudyRow.name == name
+        measured = MeasurementRow.study_id == select(StudyRow.id).where(this).scalar_subquery()
+        spent = select(func.sum(_SPENT)).where(measured).scalar_subquery() if with_seconds else literal(0.0)
+        query = (
+            select(TrialRow.state, func.count(TrialRow.id), spent)
+            .select_from(StudyRow)
+            .outerjoin(TrialRow, TrialRow.study_id == StudyRow.id)
+            .where(this)
+            .group_by(TrialRow.state)
+        )
         with self._read() as session:
-            study = self._study_row(session, name)
-            counts = _counts(session, study)
-            seconds = session.scalar(select(func.sum(_SPENT)).where(MeasurementRow.study_id == study.id))
+            rows = session.execute(query).all()
+            if not rows:
+                raise self._no_study(session, name)
+            counts = {state: count for state, count, _ in rows}
             finished = sum(counts.get(state, 0) for state in FINISHED)
-            return Effort(finished, counts.get(State.RUNNING, 0), float(seconds or 0.0))
+            return Effort(finished, counts.get(State.RUNNING, 0), float(rows[0][2] or 0.0))
 
     def outcomes(self, name: str) -> list[tuple[int, float]]:
         """Parameters and loss of every complete trial, the first that ended first."""
         with self._read() as session:
-            mine = TrialRow.study_id == self._study_row(session, name).id
+            mine = TrialRow.study_id == self._key(session, name).id
             query = (
                 select(TrialRow.num_params, TrialRow.loss)
                 .where(mine, TrialRow.state == State.COMPLETE)
@@ -171,7 +192,7 @@ class StudyStore:
             TrialRow, and_(TrialRow.study_id == MeasurementRow.study_id, TrialRow.number == MeasurementRow.trial)
         )  # fmt: skip
         with self._read() as session:
-            mine = MeasurementRow.study_id == self._study_row(session, name).id
+            mine = MeasurementRow.study_id == self._key(session, name).id
             rows = session.execute(query.where(mine, MeasurementRow.id > after).order_by(MeasurementRow.id)).all()
         # A trial's rows come in the order of rungs, so its last one here is its highest.
         highest = {row.number: row.rung for row in rows}
@@ -189,13 +210,13 @@ class StudyStore:
     def measurements(self, name: str, number: int) -> tuple[Measurement, ...]:
         """What is stored of a trial, rung by rung."""
         with self._read() as session:
-            study = self._study_row(session, name)
-            return tuple(map(measurement_of, session.scalars(_rungs_query(study, number))))
+            study = self._key(session, name)
+            return tuple(map(measurement_of, session.scalars(rungs_query(study, number))))
 
     def rungs(self, name: str) -> dict[int, tuple[Measurement, ...]]:
         """Trial → what is stored of it, rung by rung."""
         with self._read() as session:
-            study = self._study_row(session, name)
+            study = self._key(session, name)
             query = select(MeasurementRow).where(MeasurementRow.study_id == study.id).order_by(MeasurementRow.rung)
             found: dict[int, list[Measurement]] = {}
             for row in session.scalars(query):
@@ -205,16 +226,16 @@ class StudyStore:
     def block_losses(self, name: str, number: int, rung: int) -> tuple[float, ...]:
         """Losses of the validation blocks of one trial on one rung; empty where none are stored."""
         with self._read() as session:
-            mine = MeasurementRow.study_id == self._study_row(session, name).id
+            mine = MeasurementRow.study_id == self._key(session, name).id
             this = MeasurementRow.trial == number, MeasurementRow.rung == rung
             return block_losses_of(session.scalar(select(MeasurementRow.block_losses).where(mine, *this)))
 
     def unpromoted(self, name: str) -> list[int]:
         """Numbers of the pruned trials that no other trial continues."""
         with self._read() as session:
-            mine = TrialRow.study_id == self._study_row(session, name).id
+            mine = TrialRow.study_id == self._key(session, name).id
             pruned = select(TrialRow.number).where(mine, TrialRow.state == State.PRUNED)
-            return list(session.scalars(pruned.where(~_promoted(mine)).order_by(TrialRow.number)))
+            return list(session.scalars(pruned.where(~promoted(mine)).order_by(TrialRow.number)))
 
     def status(self, name: str) -> StudyStatus:
         """How far a study is."""
@@ -228,7 +249,7 @@ class StudyStore:
             started, finished = session.execute(
                 select(func.max(TrialRow.started), func.max(TrialRow.finished)).where(mine)
             ).one()
-            wasted = and_(TrialRow.state == State.PRUNED, ~_promoted(mine))
+            wasted = and_(TrialRow.state == State.PRUNED, ~promoted(mine))
             seconds, pruned = session.execute(
                 select(func.sum(_SPENT), func.sum(case((wasted, _SPENT), else_=0.0)))
                 .join(TrialRow, and_(mine, TrialRow.number == MeasurementRow.trial))
@@ -307,7 +328,7 @@ class StudyStore:
         """
         with self._write() as session:
             # The lock on the study's row: of two workers with one rank map, the second sees the first one's.
-            study = self._study_row(session, name, lock=True)
+            study = self._key(session, name, lock=True)
             row = TrialRow(
                 study_id=study.id,
                 number=number,
@@ -320,17 +341,13 @@ class StudyStore:
                 started=datetime.now(UTC),
             )
             # The trial that this one is a second attempt of may not have been requeued yet.
-            row.same_as = _equal(session, row, [of for of in (continues, promotes) if of is not None])
+            row.same_as = equal_trial(session, row, [of for of in (continues, promotes) if of is not None])
             if row.same_as is not None:
                 refused = f"trial {row.same_as} has the same rank map"
             if refused is not None:
                 row.state, row.reason, row.finished = State.SKIPPED, refused, row.started
             elif continues is not None:
-                for old in session.scalars(_rungs_query(study, continues)).all():
-                    new = MeasurementRow(study_id=study.id, trial=number, rung=old.rung, block_losses=old.block_losses)
-                    set_measurement(new, measurement_of(old))
-                    session.delete(old)
-                    session.add(new)
+                take_over_rungs(session, study, continues, number)
             session.add(row)
             if refused is None:
                 add_lease(session, study.id, number, worker, lease_seconds, attempt)
@@ -342,24 +359,20 @@ class StudyStore:
         Raises:
             LeaseLostError: the trial was taken from its worker; so, too, by the other ends of a trial.
         """
-        with self._write() as session:
-            study = self._study_row(session, name, lock=True)
-            row = self._trial_row(session, study, number)
-            _refuse_lost(study, row)
-            if row.state == State.RUNNING:
-                _add_measurement(session, study, number, rung, measurement)
+        with self._held(name, number, rung) as (session, _, trial):
+            trial.refuse_lost()
+            if trial.runs:
+                trial.add(session, rung, measurement)
 
     def prune_trial(self, name: str, number: int, rung: int, measurement: Measurement) -> None:
         """Store what a trial has on a rung, with which it ends."""
-        with self._write() as session:
-            study = self._study_row(session, name, lock=True)
-            row = self._trial_row(session, study, number)
-            _refuse_lost(study, row)
-            if row.state == State.RUNNING:
-                _add_measurement(session, study, number, rung, measurement)
-                set_measurement(row, measurement)
-                row.state, row.finished = State.PRUNED, datetime.now(UTC)
-                drop_lease(session, study.id, number)
+        with self._held(name, number, rung) as (session, _, trial):
+            trial.refuse_lost()
+            if trial.runs:
+                trial.add(session, rung, measurement)
+                set_measurement(trial.row, measurement)
+                trial.row.state, trial.row.finished = State.PRUNED, datetime.now(UTC)
+                trial.drop_lease(session)
 
     def complete_trial(
         self, name: str, number: int, measurement: Measurement, *, rung: int = 0, infeasible: str | None = None
@@ -379,20 +392,18 @@ class StudyStore:
             StorageError: no such trial, or it was skipped.
             LeaseLostError: it has failed, or was taken from its worker.
         """
-        with self._write() as session:
-            # The lock on the study's row makes writers update its front one after the other.
-            study = self._study_row(session, name, lock=True)
-            row = self._trial_row(session, study, number)
+        with self._held(name, number, rung) as (session, study, trial):
+            row = trial.row
             if row.state in MEASURED:
                 return measurement_of(row)
             if row.state == State.SKIPPED:
                 raise StorageError(f"trial {number} of study {name!r} was skipped and cannot be completed; ask again")
-            _refuse_lost(study, row)
-            _add_measurement(session, study, number, rung, measurement)
+            trial.refuse_lost()
+            trial.add(session, rung, measurement)
             set_measurement(row, measurement)
             row.finished, row.reason = datetime.now(UTC), infeasible
             row.state = State.COMPLETE if infeasible is None else State.INFEASIBLE
-            drop_lease(session, study.id, number)
+            trial.drop_lease(session)
             if infeasible is None:
                 update_front(session, study, FrontPoint(number, rank_map_of(row.rank_map), measurement, row.source))
             return measurement
@@ -406,12 +417,10 @@ class StudyStore:
         self._end(name, number, State.REQUEUED, reason)
 
     def _end(self, name: str, number: int, state: State, reason: str) -> None:
-        with self._write() as session:
-            study = self._study_row(session, name, lock=True)
-            row = self._trial_row(session, study, number)
-            if row.state == State.RUNNING:
-                row.state, row.reason, row.finished = state, reason, datetime.now(UTC)
-                drop_lease(session, study.id, number)
+        with self._held(name, number) as (session, _, trial):
+            if trial.runs:
+                trial.row.state, trial.row.reason, trial.row.finished = state, reason, datetime.now(UTC)
+                trial.drop_lease(session)
 
     # Sessions and rows
 
@@ -425,68 +434,35 @@ class StudyStore:
         with translated(self.engine.url), Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @contextmanager
+    def _held(self, name: str, number: int, rung: int = 0) -> Iterator[tuple[Session, StudyKey, HeldTrial]]:
+        """A transaction that changes a trial. The lock on the study's row makes writers update its front, too, one
+        after the other."""
+        with self._write() as session:
+            study = self._key(session, name, lock=True)
+            trial = HeldTrial.find(session, study, number, rung)
+            if trial is None:
+                raise StorageError(f"study {name!r} has no trial {number}; see `rank-search status {name}`")
+            yield session, study, trial
+
+    def _key(self, session: Session, name: str, *, lock: bool = False) -> StudyKey:
+        query = select(StudyRow.id).where(StudyRow.name == name)
+        found = session.scalar(query.with_for_update() if lock else query)
+        if found is None:
+            raise self._no_study(session, name)
+        return StudyKey(found, name)
+
     def _study_row(self, session: Session, name: str, *, lock: bool = False) -> StudyRow:
         query = select(StudyRow).where(StudyRow.name == name)
         row = session.scalar(query.with_for_update() if lock else query)
         if row is None:
-            names = list(session.scalars(select(StudyRow.name).order_by(StudyRow.name)))
-            known = f"known studies are {', '.join(names)}" if names else "it holds none yet"
-            raise StorageError(f"database {shown(self.engine.url)} has no study {name!r}; {known}")
+            raise self._no_study(session, name)
         return row
 
-    def _trial_row(self, session: Session, study: StudyRow, number: int) -> TrialRow:
-        row = session.scalar(_trial_query(study, number))
-        if row is None:
-            raise StorageError(f"study {study.name!r} has no trial {number}; see `rank-search status {study.name}`")
-        return row
-
-
-def _rungs_query(study: StudyRow, number: int) -> Select[MeasurementRow]:
-    mine = MeasurementRow.study_id == study.id, MeasurementRow.trial == number
-    return select(MeasurementRow).where(*mine).order_by(MeasurementRow.rung)
-
-
-def _promoted(mine: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Whether another trial continues a pruned one."""
-    return TrialRow.number.in_(select(TrialRow.promotes).where(mine, TrialRow.promotes.is_not(None)))
-
-
-def _equal(session: Session, row: TrialRow, but: list[int]) -> int | None:
-    """Number of a trial, ``but`` some, that has a new one's rank map: the one that got farthest."""
-    order = case(
-        {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
-    )
-    query = (
-        select(TrialRow.number)
-        .where(
-            TrialRow.study_id == row.study_id,
-            TrialRow.rank_map_digest == row.rank_map_digest,
-            TrialRow.state.in_([*FINISHED, State.RUNNING]),
-            TrialRow.number.not_in(but),
-        )
-        .order_by(order, TrialRow.number)
-    )
-    return session.scalar(query.limit(1))
-
-
-def _add_measurement(session: Session, study: StudyRow, number: int, rung: int, measurement: Measurement) -> None:
-    if session.scalar(_rungs_query(study, number).where(MeasurementRow.rung == rung)) is None:
-        row = MeasurementRow(study_id=study.id, trial=number, rung=rung)
-        set_measurement(row, measurement)
-        session.add(row)
-
-
-def _refuse_lost(study: StudyRow, row: TrialRow) -> None:
-    """Refuse a result of a trial that its worker does not have any more."""
-    if row.state in {State.REQUEUED, State.FAILED}:
-        ended = "has failed" if row.state == State.FAILED else "was given back"
-        raise LeaseLostError(
-            f"trial {row.number} of study {study.name!r} {ended} and cannot be completed; ask again ({row.reason})"
-        )
-
-
-def _trial_query(study: StudyRow, number: int) -> Select[TrialRow]:
-    return select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == number)
+    def _no_study(self, session: Session, name: str) -> StorageError:
+        names = list(session.scalars(select(StudyRow.name).order_by(StudyRow.name)))
+        known = f"known studies are {', '.join(names)}" if names else "it holds none yet"
+        return StorageError(f"database {shown(self.engine.url)} has no study {name!r}; {known}")
 
 
 def _counts(session: Session, study: StudyRow) -> dict[State, int]:

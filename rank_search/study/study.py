@@ -11,6 +11,7 @@ from typing import Self
 from rank_search.allocation import Allocator
 from rank_search.climbing import Climbs, Step, paired_error
 from rank_search.errors import (
+    CrowdedError,
     ExhaustedError,
     LeaseLostError,
     StorageError,
@@ -33,7 +34,7 @@ from rank_search.study.optuna_study import Claim, OptunaStudy
 from rank_search.study.patience import Patience
 from rank_search.study.records import Effort, State, TrialRecord
 from rank_search.study.recovery import Recovery
-from rank_search.study.requests import Action, asked_for, mark_taken, queued_rank_maps
+from rank_search.study.requests import Action, asked_of_workers, mark_taken
 from rank_search.study.samplers import check_sampler
 from rank_search.study.schema import ensure_schema, exclusive
 from rank_search.study.space import GivenSeeds, SearchSpace, Seed, ladder, make_space, random_params
@@ -103,7 +104,7 @@ class Study:
         self._spool = spool
         self._leases = Leases(store.engine, self._worker, spec.run.lease_seconds)
         self._heartbeat = Heartbeat(
-            store.engine.url, self._worker, spec.run.lease_seconds, lambda leases: leases.renew(spec.name)
+            store.engine, self._worker, spec.run.lease_seconds, lambda leases: leases.renew(spec.name)
         )
         self._telling = Telling(spec.name, spec.search, allocator, store, optuna_study)
         self._recovery = Recovery(
@@ -123,7 +124,8 @@ class Study:
         Args:
             given: the rank maps of seeds that are not the allocator's own, where :func:`given_seeds` asks for them.
             spool: folder for results that the database does not take; None keeps none.
-            patience: with a database that is away once the study is open; None has none.
+            patience: with a database that is away once the study is open, and with a crowded one before that, too; None
+                has none.
 
         Raises:
             BudgetError: the ladder or the range of kept fractions cannot be met; nothing was made.
@@ -133,22 +135,33 @@ class Study:
         """
         check_sampler(spec.search)
         space, seeds = make_space(spec.search, allocator), ladder(spec.search, allocator)
+        patience = patience or Patience()
+        kept = None if spool is None else Spool(spool, spec.name)
+
+        return patience.keep_trying(
+            lambda: cls._open(spec, storage_url, allocator, facts, given or {}, space, seeds, kept, patience),
+            CrowdedError,
+        )
+
+    @classmethod
+    def _open(
+        cls, spec: StudySpec, storage_url: str, allocator: Allocator, facts: StudyFacts, given: GivenSeeds,
+        space: SearchSpace, seeds: tuple[Seed, ...], spool: Spool | None, patience: Patience,
+    ) -> Self:  # fmt: skip
         engine = make_engine(storage_url)
         try:
             ensure_schema(engine)
         finally:
             engine.dispose()
         with ExitStack() as opened:
-            store = opened.enter_context(closing(StudyStore(storage_url)))
+            store = opened.enter_context(closing(StudyStore(storage_url, keeps=1)))
             with exclusive(store.engine):
                 _create_or_check(store, spec, facts)
-                optuna_study = OptunaStudy(
-                    store.engine.url, spec.search, spec.name, space, seeds, Evidence(store.engine, spec.name)
-                )
+                evidence = Evidence(store.engine, spec.name)
+                optuna_study = OptunaStudy(store.engine.url, spec.search, spec.name, space, seeds, evidence)
                 opened.enter_context(closing(optuna_study))
-                optuna_study.prepare(spec.digest, given or {})
-            kept = None if spool is None else Spool(spool, spec.name)
-            study = cls(spec, allocator, space, store, optuna_study, patience or Patience(), kept)
+                optuna_study.prepare(spec.digest, given)
+            study = cls(spec, allocator, space, store, optuna_study, patience, spool)
             study._leases.join(spec.name)
             study._replay()
             study.reconcile()
@@ -289,9 +302,9 @@ class Study:
         """Trials that count towards the number wanted."""
         return self._patience.keep_trying(lambda: self._store.finished(self.name))
 
-    def effort(self) -> Effort:
-        """What the study has cost so far."""
-        return self._patience.keep_trying(lambda: self._store.effort(self.name))
+    def effort(self, *, with_seconds: bool = True) -> Effort:
+        """What the study has cost so far; its seconds, for which all measurements are read, only if asked for."""
+        return self._patience.keep_trying(lambda: self._store.effort(self.name, with_seconds=with_seconds))
 
     def stop_reason(self, rules: StopRules, wall: float, spent: float) -> str | None:
         """The first of the rules that is met, in words; ``wall`` and ``spent`` as in :meth:`StopRules.of_times`."""
@@ -345,11 +358,11 @@ class Study:
 
     def _take_requests(self) -> Action:
         engine, space = self._store.engine, self._allocator.space
-        queued = queued_rank_maps(engine, self.name)
+        action, queued = asked_of_workers(engine, self.name)
         if queued:
             self.warm_start(Carried(one.source, space.kept_of_targets(one.rank_map), one.rank_map) for one in queued)
             mark_taken(engine, queued)
-        return asked_for(engine, self.name)
+        return action
 
     def close(self) -> None:
         """Give up the worker's own lease, and close all connections."""

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
-from rank_search.errors import StorageError
+from rank_search.errors import CrowdedError, StorageError
 from rank_search.study.engine import make_engine, parse_url, sqlite_file
 from rank_search.study.heartbeat import Heartbeat
 from rank_search.study.leases import Leases
@@ -50,14 +51,14 @@ class Turns:
         """
         engine = make_engine(self._storage)
         try:
-            ensure_schema(engine)
+            self._patience.keep_trying(lambda: ensure_schema(engine), CrowdedError)
             leases = Leases(engine, self._holder, self._seconds)
             attempt = self._wait(leases, name, on_wait, is_made)
             if attempt is None:
                 yield
                 return
             try:
-                with self._renewed(name, attempt):
+                with self._renewed(engine, name, attempt):
                     yield
             finally:
                 with suppress(StorageError):  # it runs out by itself
@@ -77,10 +78,8 @@ class Turns:
         return attempt
 
     @contextmanager
-    def _renewed(self, name: str, attempt: int) -> Iterator[None]:
-        heartbeat = Heartbeat(
-            self._storage, self._holder, self._seconds, lambda leases: leases.renew_name(name, attempt)
-        )
+    def _renewed(self, engine: Engine, name: str, attempt: int) -> Iterator[None]:
+        heartbeat = Heartbeat(engine, self._holder, self._seconds, lambda leases: leases.renew_name(name, attempt))
         heartbeat.start()
         try:
             yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ import yaml
 
 from rank_search.errors import InputError, StorageError
 from rank_search.launch import exits
+from rank_search.launch.fleet import Crew, ServiceFleet
 from rank_search.launch.job import Job
 from rank_search.launch.kubernetes import KubernetesLauncher, KubernetesOptions, manifest, workers_of
 from rank_search.launch.launching import launch
 from rank_search.launch.slurm import SlurmLauncher, SlurmWorker
 from rank_search.launch.supervisor import View
+from rank_search.spec import StudySpec, load_study_file
 from rank_search.study.records import State
 from rank_search.study.store import StudyStore
+from rank_search.study.submissions import resume, submissions, submit
 from tests.conftest import StudyFactory
 from tests.contract.conftest import Postgres
+from tests.contract.synthetic import make_spec
 
 ROOT = Path(__file__).parents[2]
 SERVER = "postgresql://search@database/search"
@@ -71,17 +76,23 @@ def test_submitit_runs_the_workers_of_a_real_study(
     assert sum(trial.state is State.COMPLETE for trial in trials) >= 4
 
 
-def test_the_script_for_slurm_asks_for_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = tmp_path / "bin"
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where programs with the names of Slurm's put what they are to submit; each time with a number more."""
+    programs, script = tmp_path / "bin", tmp_path / "script.sh"
     programs.mkdir()
-    script = tmp_path / "script.sh"
-    (programs / "sbatch").write_text(f'#!/bin/sh\ncp "$1" {script}\necho Submitted batch job 17\n', encoding="utf-8")
+    submits = f'#!/bin/sh\ncp --backup=numbered "$1" {script}\necho Submitted batch job 17\n'
+    (programs / "sbatch").write_text(submits, encoding="utf-8")
     for name in ("srun", "scancel", "sacct"):
         (programs / name).write_text("#!/bin/sh\n", encoding="utf-8")
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("RANK_SEARCH_STORAGE", "unset")
+    return script
+
+
+def test_the_script_for_slurm_asks_for_what_was_asked(tmp_path: Path, script: Path) -> None:
     options = {"partition": "gpu", "account": "me", "minutes": "90", "cpus": "6", "setup": "module load cuda"}
     launcher = SlurmLauncher.of(make_job(tmp_path, gpus_per_worker=2), options, on_cpu=False)
     launcher.start()
@@ -221,8 +232,17 @@ def test_the_manifest_is_applied_and_the_job_deleted_when_it_is_to_stop(kubectl:
     launcher.kill()  # of workers that have ended nothing is deleted
     launcher.stop()
     calls = kubectl.read_text(encoding="utf-8").splitlines()
-    assert calls[0] == f"--namespace ml apply -f {written}"
-    assert [call.split()[2] for call in calls] == ["apply", "get", "get", "delete"]
+    assert calls[1] == f"--namespace ml apply -f {written}"
+    assert [call.split()[2] for call in calls] == ["get", "apply", "get", "get", "delete"]
+
+
+def test_a_job_that_has_ended_is_removed_before_it_is_applied_again(kubectl: Path, tmp_path: Path) -> None:
+    ended = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    (tmp_path / "answers" / "job").write_text(json.dumps(ended), encoding="utf-8")
+    KubernetesLauncher.of(make_job(tmp_path, workers=2), OPTIONS, on_cpu=True).start()
+    calls = [call.split()[2:5] for call in kubectl.read_text(encoding="utf-8").splitlines()]
+    assert calls[:2] == [["get", "job", "rank-search-demo-1"], ["delete", "job", "rank-search-demo-1"]]
+    assert calls[2][0] == "apply"
 
 
 def test_kubernetes_asks_for_what_it_needs(tmp_path: Path) -> None:
@@ -242,3 +262,67 @@ def test_the_launcher_loads_no_torch_and_no_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(json.loads(done.stdout)) & {"torch", "transformers", "datasets", "ray", "submitit", "yaml"}
+
+
+def until(is_so: Callable[[], object]) -> None:
+    """Wait for what a fleet does in its thread."""
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def handed_over(storage: str, folder: Path, crew: Crew) -> StudySpec:
+    """A study that the service took on, once a fleet has given it to the crew's engine; ended, as by a restart."""
+    spec = make_spec("taken", trials=7)
+    with StudyStore(storage) as store:
+        submit(store.engine, spec, "ana", most=9)
+        fleet = ServiceFleet(storage, folder, crew)
+        fleet.start()
+        until(lambda: submissions(store.engine)[0].engine == crew.on)
+        fleet.stop()  # once it has done what it began
+    return spec
+
+
+def test_the_service_hands_a_study_to_slurm_once_and_anew_when_it_is_resumed(
+    storage: str, script: Path, tmp_path: Path
+) -> None:
+    folder, crew = tmp_path / "service", Crew("slurm", {"partition": "gpu"}, workers=2)
+    spec = handed_over(storage, folder, crew)
+    asked = set(re.findall(r"^#SBATCH --(\S+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"array=0-1%2", "partition=gpu", "job-name=rank-search-taken", "requeue"} <= asked
+    assert os.environ["RANK_SEARCH_STORAGE"] == storage  # which sbatch passes on
+    study = folder / "studies" / "1" / "study.toml"
+    assert load_study_file(study).spec == spec
+    tasks = [pickle.loads(path.read_bytes()).function for path in folder.rglob("*submitted.pkl")]
+    command = (sys.executable, "-m", "rank_search.launch.worker", str(study), "--grace", "30")
+    assert [task.command for task in tasks] == [command] * 2
+    files = [script, *(path for path in folder.rglob("*") if path.is_file())]
+    assert all(storage.encode() not in path.read_bytes() for path in files)
+    again = ServiceFleet(storage, folder, crew)  # of a service that was started again
+    again.start()
+    time.sleep(0.5)
+    assert [path.name for path in tmp_path.glob("script*")] == ["script.sh"]
+    with StudyStore(storage) as store:
+        resume(store.engine, "taken", "ana")
+        again.poke()
+        until(lambda: (tmp_path / "script.sh.~1~").exists())
+    again.stop()
+
+
+def test_the_service_hands_a_study_to_kubernetes(storage: str, kubectl: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "service"
+    spec = handed_over(storage, folder, Crew("kubernetes", OPTIONS, workers=2))
+    assert load_study_file(folder / "studies" / "1" / "study.toml").spec == spec
+    (written,) = folder.rglob("taken.job.yaml")
+    assert f"--namespace default apply -f {written}" in kubectl.read_text(encoding="utf-8").splitlines()
+    made = yaml.safe_load(written.read_text(encoding="utf-8"))
+    pod = made["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command = "python -m rank_search.launch.worker /studies/1/study.toml --grace 30"
+    assert container["command"] == command.split()
+    assert {"name": "RANK_SEARCH_STORAGE_FILE", "value": "/run/secrets/rank-search/url"} in container["env"]
+    assert {"secretName": "rank-search-database", "items": [{"key": "url", "path": "url"}]} in [
+        volume.get("secret") for volume in pod["volumes"]
+    ]
+    assert storage not in written.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 
 from rank_search.errors import OutOfPatienceError, StorageError, UnavailableError
 from rank_search.factors.bank import bank_path, open_bank, open_or_build
+from rank_search.factors.remote import RemoteBanks
 from rank_search.launch import exits
 from rank_search.study import patience as waiting
 from rank_search.study.consistency import check_database
@@ -38,8 +40,6 @@ from tests.unit.test_bank import KEY
 from tests.unit.test_bank import _factors as make_factors
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""A connection whose server goes away while SQLAlchemy asks its version is left to the garbage collector."""
 
 OUTAGE_SECONDS = float(os.environ.get("RANK_SEARCH_TEST_OUTAGE", "2"))
 """Of the server in mid-run; more of them for a soak."""
@@ -288,6 +288,43 @@ def test_a_wrong_password_is_one_line_at_once(server: Server, own: str) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_a_worker_waits_for_room_on_a_server_without_a_connection_left(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    said: list[str] = []
+    pauses: list[float] = []
+    with rights_of(own, "few") as (url, run):
+        run("GRANT ALL ON ALL TABLES IN SCHEMA public TO few")
+        run("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO few")
+        run("ALTER ROLE few CONNECTION LIMIT 5")
+        others = make_engine(url)
+        held = [others.connect() for _ in range(4)]
+
+        def make_room(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                for connection in held:
+                    connection.close()
+                others.dispose()
+
+        monkeypatch.setattr(waiting.time, "sleep", make_room)
+        study = open_study(url, ladder=[0.5], lease=1, patience=Patience(600, said.append))
+        assert pauses[:2] == [0.5, 1.0]
+        assert re.fullmatch(
+            r'waiting for the database since 0 s, up to 600 s: database .*: connection failed: .*for role "few"; '
+            r"a worker holds two connections; raise the server's max_connections, or run fewer workers",
+            said[0],
+        )
+        run_trials(study, 2)
+        threading.Event().wait(0.4)  # its leases are renewed over them, too
+        with others.connect() as connection:
+            used = text("SELECT count(*) FROM pg_stat_activity WHERE usename = 'few' AND pid <> pg_backend_pid()")
+            assert connection.execute(used).scalar_one() == 2
+        others.dispose()
+        study.close()
+        assert nothing_lost(own, 2)
+
+
 class FullDisk:
     """Lets no SQLite database of this process grow while it ``is_full``."""
 
@@ -400,6 +437,48 @@ def test_hosts_build_a_bank_once(own: str, tmp_path: Path) -> None:
     assert len(built) == 1
     assert sorted(built + waited) == ["host0", "host1", "host2"]
     assert open_bank(tmp_path, KEY) is not None
+
+
+def test_hosts_without_a_shared_folder_build_a_bank_once(own: str, tmp_path: Path) -> None:
+    built: list[str] = []
+    waited: list[str] = []
+    begun, both_wait = threading.Barrier(3), threading.Event()
+
+    def host(name: str) -> None:
+        def build() -> object:
+            built.append(name)
+            assert both_wait.wait(30)
+            return make_factors()
+
+        def on_wait() -> None:
+            waited.append(name)
+            if len(waited) == 2:
+                both_wait.set()
+
+        remote = RemoteBanks(f"file://{tmp_path}/objects")
+        begun.wait(10)
+        open_or_build(tmp_path / name, KEY, build, {}, on_wait, turns(own, name), remote)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=host, args=(f"host{number}",)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(built) == 1
+    assert sorted(built + waited) == ["host0", "host1", "host2"]
+    assert len({bank_path(tmp_path / f"host{number}", KEY).read_bytes() for number in range(3)}) == 1
+    assert len(list((tmp_path / "objects").glob("*.safetensors"))) == 1
+
+
+def test_who_has_a_bank_does_not_wait_for_its_upload(own: str, tmp_path: Path) -> None:
+    open_or_build(tmp_path, KEY, make_factors, {})
+    remote = RemoteBanks(f"file://{tmp_path}/objects")
+    name = f"bank {KEY.digest[:24]} at {remote.identity}"
+    with turns(own, "uploading")(name, lambda: None, lambda: False):
+        open_or_build(tmp_path, KEY, make_factors, {}, turn=turns(own, "other"), remote=remote)
+        assert not (tmp_path / "objects").exists()
+    open_or_build(tmp_path, KEY, make_factors, {}, turn=turns(own, "other"), remote=remote)
+    assert len(list((tmp_path / "objects").glob("*.sha256"))) == 1
 
 
 def test_a_builder_that_falls_silent_loses_its_turn(own: str, tmp_path: Path) -> None:

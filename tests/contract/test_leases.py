@@ -317,7 +317,7 @@ def test_the_thread_lives_through_every_error_of_the_database(tmp_path: Path) ->
         if answer is not None:
             raise answer
 
-    heartbeat = Heartbeat(f"sqlite:///{tmp_path}/none.db", "a:1:", 0.3, renew)
+    heartbeat = Heartbeat(make_engine(f"sqlite:///{tmp_path}/none.db"), "a:1:", 0.3, renew)
     heartbeat.start()
     seen = []
     while len(calls) < 8:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 
@@ -23,6 +28,7 @@ from rank_search.errors import (
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front
 from rank_search.launch.exits import PREEMPTED, exit_code
+from rank_search.launch.worker import main as worker_main
 from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
@@ -116,6 +122,32 @@ def test_a_full_gpu_fails_the_trial_with_a_way_out(prepared: Prepared, tmp_path:
     with _open(prepared, tmp_path) as study:
         work(study, evaluator, 2, on_outcome=outcomes.append)
     assert outcomes[0].reason == "out of GPU memory; lower finetune.batch_blocks or run.score_batch_blocks"
+
+
+def test_a_host_without_memory_fails_the_trial_and_a_worker_without_any_says_so_in_a_line(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused: list[BaseException] = []
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for take in (lambda: torch.empty(2**34, dtype=torch.uint8), lambda: bytearray(2**34), lambda: mmap.mmap(-1, 2**34)):
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, limits[1]))  # ulimit -v
+        try:
+            take()
+        except (MemoryError, RuntimeError, OSError) as error:
+            refused.append(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert [type(error) for error in refused] == [RuntimeError, MemoryError, OSError]
+    outcomes: list[Outcome] = []
+    with _open(prepared, tmp_path) as study:
+        work(study, Failure(prepared, lambda n, _: refused[0] if n == 1 else None), 2, on_outcome=outcomes.append)
+    assert outcomes[0].reason == "out of memory; lower finetune.batch_blocks or run.score_batch_blocks"
+    for error in refused:
+        with monkeypatch.context() as patch:
+            patch.setattr("rank_search.api.run", Mock(side_effect=error))
+            patch.setattr("rank_search.launch.worker.QUIET", {})
+            assert worker_main([str(prepared.study.folder / "study.toml")]) == PREEMPTED
+        assert re.fullmatch(r"rank-search: error: out of memory .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,12 @@ import pytest
 
 from rank_search.errors import InputError, StorageError
 from rank_search.launch.fleet import Crew, ServiceFleet
+from rank_search.launch.worker import study_file
+from rank_search.spec import StudyFile
+from rank_search.study.store import StudyStore
+from rank_search.study.submissions import submit
+from rank_search.study.upgrading import upgrade
+from tests.contract.synthetic import make_spec
 
 
 @pytest.mark.parametrize("trouble", [StorageError("connection refused"), InputError("kubectl did not answer")])
@@ -32,3 +38,15 @@ def test_the_fleet_outlives_troubles_of_the_database_and_of_its_engine(
     fleet.stop()
     assert len(ticks) >= 5
     assert capsys.readouterr().err == f"rank-search: {trouble}\n"  # told once
+
+
+def test_a_worker_joins_by_hand_what_the_service_took_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    upgrade(storage)
+    spec = make_spec("taken")
+    monkeypatch.chdir(tmp_path)
+    with StudyStore(storage) as store:
+        submit(store.engine, spec, "ana", most=9)
+    assert study_file("taken", storage) == StudyFile(spec=spec, folder=tmp_path)
+    with pytest.raises(StorageError, match="has no study 'other'"):
+        study_file("other", storage)

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from sqlalchemy import Engine, event
 
 from rank_search.allocation import Allocator
 from rank_search.errors import BudgetError, StudyFileError
@@ -98,6 +99,30 @@ def test_telling_twice_keeps_the_first_measurement(tmp_path: Path) -> None:
     assert [point.loss for point in study.front()] == [3.0]
     assert study.finished() == 1
     study.close()
+
+
+def test_a_trial_takes_few_statements_and_commits(tmp_path: Path) -> None:
+    study = open_study(f"sqlite:///{tmp_path}/s.db", ladder=[0.7])
+    run_trials(study, 8)
+    statements: list[str] = []
+
+    def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    def count_commit(_connection: object) -> None:
+        statements.append("COMMIT")
+
+    event.listen(Engine, "before_cursor_execute", count)
+    event.listen(Engine, "commit", count_commit)
+    try:
+        run_trials(study, 1)
+    finally:
+        event.remove(Engine, "before_cursor_execute", count)
+        event.remove(Engine, "commit", count_commit)
+    study.close()
+    # Begun and sampled in three commits, stored and told to Optuna in two; Optuna's own calls would make 13 of them.
+    assert statements.count("COMMIT") == 5
+    assert len(statements) <= 42, statements
 
 
 def test_a_failure_counts_and_the_study_goes_on(tmp_path: Path) -> None:
