@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rank_search.dashboard.spectra import Spectra
+from rank_search.dashboard.tables import seed_of
 from rank_search.export import layers
 from rank_search.front import FrontPoint
 from rank_search.ranks import RankSpace
@@ -27,6 +28,8 @@ SPECTRA = "rank-search-5-spectra"
 """The id of the figure of the spectra, which only those can draw that have the factor bank at hand."""
 MOST_POINTS = 400
 """Trials off the front that are drawn."""
+MANY = 60
+"""Points of a front; more are drawn smaller."""
 MOST_MAPS = 24
 """Points of the front whose rank maps are drawn."""
 MOST_STEPS = 200
@@ -65,7 +68,7 @@ def front_figure(overview: Overview) -> Figure | None:
     if dense is not None:
         traces += _dense_traces(dense, params, left)
     hidden = sum(trial.loss > high for trial in overview.highest)
-    above = "" if not hidden else f" ({hidden} of {len(overview.highest)} trials lie above the picture)"
+    above = "" if not hidden else f" ({hidden} of {len(overview.highest)} trials lie above)"
     figure = _figure(
         traces, f"Front{above}", "parameters of the whole model", f"validation loss (nats per {overview.unit})"
     )
@@ -78,7 +81,7 @@ def _front_trace(overview: Overview, space: RankSpace) -> Figure:
     points = overview.front.points
     return {
         **_xy(points), "type": "scatter", "mode": "lines+markers", "name": "front",
-        "line": {"color": BLUE, "shape": "hv", "width": 2}, "marker": {"size": 9},
+        "line": {"color": BLUE, "shape": "hv", "width": 2}, "marker": {"size": 9 if len(points) <= MANY else 4},
         "error_y": _errors([point.measurement.standard_error for point in points], BLUE),
         "text": [_hover(point, space) for point in points], "hovertemplate": "%{text}<extra></extra>",
     }  # fmt: skip
@@ -107,15 +110,10 @@ def _references(trials: Iterable[MeasuredTrial]) -> dict[str, list[MeasuredTrial
     """Allocation → its measured rank maps, by ascending parameters: trials that a ladder seeded."""
     found: dict[str, list[MeasuredTrial]] = {}
     for trial in trials:
-        name, _, kept = trial.source.rpartition(" ")
-        if name and _is_number(kept) and "trial" not in name:
-            found.setdefault(name, []).append(trial)
+        if (seed := seed_of(trial.source)) is not None:
+            found.setdefault(seed[0], []).append(trial)
     order = sorted(found, key=lambda name: (name != "closed form", name != "uniform", name))
     return {name: sorted(found[name], key=lambda trial: trial.num_params) for name in order}
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
 
 
 def _reference_trace(name: str, trials: Sequence[MeasuredTrial], index: int) -> Figure:
@@ -191,21 +189,22 @@ def kept_figure(overview: Overview) -> Figure | None:
         }
         for index, point in enumerate(points)
     ]  # fmt: skip
-    figure = _figure(traces, _kept_title(points[shown]), "layer type", "block")
+    figure = _figure(traces, _kept_title(points[shown]), "", "block")
+    below = 30 + 4 * max(map(len, layers.groups(space)))  # what the slanted names of the layer types take
     figure["layout"]["yaxis"] |= {"autorange": "reversed", "dtick": max(1, len(layers.depths(space)) // 15)}
     figure["layout"]["xaxis"] |= {"tickangle": -30, "type": "category"}
-    figure["layout"]["margin"]["b"] = 170
+    figure["layout"]["margin"]["b"] = below + 85
     figure["layout"]["sliders"] = [
         {
-            "active": shown, "steps": steps, "pad": {"t": 85}, "len": 1.0,
-            "currentvalue": {"prefix": "point of the front that keeps ", "suffix": " of the target layers"},
+            "active": shown, "steps": steps, "pad": {"t": below}, "len": 1.0,
+            "currentvalue": {"prefix": "point that keeps ", "suffix": " of the target layers"},
         }
     ]  # fmt: skip
     return figure
 
 
 def _kept_title(point: FrontPoint) -> str:
-    return f"Kept fractions of the layers in trial {point.trial} (loss {point.loss:.4f})"
+    return f"Trial {point.trial}: what layers keep, loss {point.loss:.4f}"
 
 
 def _kept_trace(point: FrontPoint, space: RankSpace, *, visible: bool) -> Figure:
@@ -253,7 +252,7 @@ def prediction_figure(overview: Overview) -> Figure | None:
         },
     ]  # fmt: skip
     figure = _figure(
-        traces, "Predicted and measured loss", "predicted rise over the dense model (nats, closed form)",
+        traces, "Predicted and measured loss", "rise that the closed form predicts (nats)",
         f"measured loss (nats per {overview.unit})",
     )  # fmt: skip
     figure["layout"]["xaxis"] |= {"type": "log", "dtick": "D2" if high / low < 30 else 1}
@@ -280,7 +279,7 @@ def hypervolume_figure(overview: Overview) -> Figure | None:
         }
     ]  # fmt: skip
     return _figure(
-        traces, "Hypervolume: area that the front dominates", f"{unit} since the first trial ended",
+        traces, "Hypervolume that the front dominates", f"{unit} since the first trial ended",
         "hypervolume (nats)",
     )  # fmt: skip
 
@@ -333,8 +332,7 @@ def spectra_figure(spectra: Spectra) -> Figure:
             }
         )  # fmt: skip
     figure = _figure(
-        traces, "Spectra: what the loss is predicted to gain from the next rank",
-        "rank", "predicted loss that this rank saves, ½ σ² (nats)",
+        traces, "Spectra: what every next rank saves", "rank", "predicted loss that it saves, ½ σ² (nats)",
     )  # fmt: skip
     figure["layout"]["xaxis"] |= {"type": "log", "dtick": 1}
     figure["layout"]["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 2}

@@ -50,7 +50,9 @@ def trial_note(point: FrontPoint, overview: Overview) -> str:
         f"{measured.kept_of_model:.4f} of the model: {point.num_params:,} parameters. Loss {point.loss:.4f} ± "
         f"{measured.standard_error:.4f} nats per {overview.unit}{above}; perplexity "
         f"{tables.perplexity(point.loss)}{metrics}. {measured.seconds:.1f} s.{folds}",
+        "Ranks by layer type:",
         markdown(tables.type_table(point, overview)),
+        "Losses as measured:",
         markdown(tables.rung_table(point, overview)),
         f"Its rank map is among the artifacts, for the study's own folder; `{export_command(overview, point.trial)}` "
         "writes it for any other.",

@@ -41,6 +41,8 @@ class Refreshing:
         self._on_trouble = on_trouble
         self._clock = clock
         self._worker = str(WorkerId.current())
+        self._begun = clock()
+        self._spent = 0.0
         self._next = 0.0
         self._trouble: str | None = None
 
@@ -72,7 +74,10 @@ class Refreshing:
             show(self._store, self._name, self._spectra)
             if whose_turn:
                 release_board(engine, self._name, self._worker, LEAST_PAUSE)
-            self._next = self._clock() + max(LEAST_PAUSE, (self._clock() - started) / SHARE)
+            ended = self._clock()
+            self._spent += ended - started
+            affordable = self._begun + (self._spent + ended - started) / SHARE  # if the next time takes as long as this
+            self._next = max(ended + LEAST_PAUSE, affordable)
         except RankSearchError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)

@@ -84,7 +84,7 @@ def _sections(content: Content) -> Iterator[str]:
     for key, figure in content.figures.items():
         told = html(tables.front_table(overview)) if key == "rank-search-1-front" else ""
         label = escape(figure["layout"]["title"]["text"], quote=True)
-        drawing = f'<div class="figure" id="{key}" role="img" aria-label="{label}"></div>'
+        drawing = f'<div class="figure" id="{key}" role="group" aria-label="{label}"></div>'
         yield _section(_HEADINGS[key], drawing + told)
     if overview.front:
         about = (
@@ -128,7 +128,9 @@ def html(table: Table) -> str:
 
     def row(cells: tuple[str, ...], tag: str) -> str:
         pairs = zip(cells, kinds, strict=True)
-        return "<tr>" + "".join(f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for cell, kind in pairs) + "</tr>"
+        tags = [tag if cell else "td" for cell in cells]  # a header that says nothing is none
+        told = [f'<{tag} class="{kind}">{escape(cell)}</{tag}>' for tag, (cell, kind) in zip(tags, pairs, strict=True)]
+        return f"<tr>{''.join(told)}</tr>"
 
     body = "".join(row(cells, "td") for cells in table.rows)
     return f'<div class="scroll"><table><thead>{row(table.columns, "th")}</thead><tbody>{body}</tbody></table></div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from rank_search.study.overview import MeasuredTrial, Overview, space_of
 
 KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 """Budgets for which the best point is told: kept fractions of the target layers."""
+_SEED = re.compile(r"(.+) ([01]\.\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,8 @@ def _ladders(trials: Sequence[MeasuredTrial]) -> dict[tuple[str, float], float]:
 
 def seed_of(source: str) -> tuple[str, float] | None:
     """Allocation and kept fraction of a trial that a ladder seeded: ``closed form 0.8``."""
-    name, _, kept = source.rpartition(" ")
-    return (name, float(kept)) if name and kept.replace(".", "", 1).isdecimal() and float(kept) <= 1 else None
+    found = _SEED.fullmatch(source)
+    return None if found is None else (found[1], float(found[2]))
 
 
 def _names(ladders: dict[tuple[str, float], float]) -> list[str]:

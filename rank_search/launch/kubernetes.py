@@ -102,6 +102,7 @@ class KubernetesLauncher:
         """
         write_manifest(self._manifest, self._path)
         if self._options.apply:
+            self._remove_ended()
             self._kubectl("apply", "-f", str(self._path))
             self._applied = True
 
@@ -128,6 +129,14 @@ class KubernetesLauncher:
         """Delete the job if any of its workers has not ended."""
         if any(not worker.has_ended for worker in self._seen):
             self.stop()
+
+    def _remove_ended(self) -> None:
+        """Remove the job of an earlier launch if it has ended: applied again, it would start nothing."""
+        name = self._manifest["metadata"]["name"]
+        told = self._kubectl("get", "job", name, "-o", "json", "--ignore-not-found")
+        conditions = json.loads(told or "{}").get("status", {}).get("conditions", ())
+        if any(one["type"] in {"Complete", "Failed"} and one["status"] == "True" for one in conditions):
+            self._kubectl("delete", "job", name)
 
     def _kubectl(self, *arguments: str) -> str:
         command = ["kubectl", "--namespace", self._options.namespace, *arguments]

@@ -48,11 +48,47 @@ _BODY: dict[str, Any] = {
         },
     }
 }
+
+
+def _event(kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    told = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "type": "object",
+        "properties": {"event": {"const": kind}, "data": told},
+        "required": ["event", "data"],
+    }
+
+
+def _one(model: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{model}"}
+
+
+def _many(model: str) -> dict[str, Any]:
+    return {"type": "array", "items": _one(model)}
+
+
+_POINTS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"added": _many("Point"), "removed": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["added", "removed"],
+}
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events `study`, `front`, `trials` and `workers`: at first all there is, then what has changed. "
         "Of the front, `points` then tells the points `added` and the trials `removed`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {
+                    "oneOf": [
+                        _event("study", _one("Study")),
+                        _event("front", {"anyOf": [_one("Front"), {"type": "null"}]}),
+                        _event("points", _POINTS),
+                        _event("trials", _many("Trial")),
+                        _event("workers", _many("Worker")),
+                    ]
+                }
+            }
+        },
     }
 }
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rank_search.cli import run_command
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 SEQUENCE_LENGTH = 32
 CHROMIUM = shutil.which("chromium")
@@ -37,6 +37,14 @@ def browser() -> Iterator[Browser]:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core finds wrong for people who use a keyboard, a screen reader, or need contrast."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response
+    return [f"{one['id']}: {[node['html'][:120] for node in one['nodes']]}" for one in found["violations"]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from rank_search import api
 from rank_search.export.rank_map_file import RankMapFile
-from tests.integration.conftest import MakeStudy, rank_search
+from tests.integration.conftest import MakeStudy, rank_search, violations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -86,10 +86,10 @@ def test_the_api_returns_note_figures_and_artifacts(served: Served) -> None:
     detail = served.get(f"/api/studies/{summary['study_id']}")
     assert detail["objective_names"] == ["validation loss", "parameters"]
     assert detail["note"]["body"].startswith("# tiny\n")
-    assert {graph["id"] for graph in detail["plotly_graph_objects"]} == {
+    assert [graph["id"] for graph in detail["plotly_graph_objects"]] == [
         "rank-search-1-front", "rank-search-2-kept-fractions", "rank-search-3-predicted-and-measured",
         "rank-search-4-hypervolume", "rank-search-5-spectra",
-    }  # fmt: skip
+    ]  # fmt: skip
     for graph in detail["plotly_graph_objects"]:
         assert json.loads(graph["graph_object"])["data"]
     front = {point.trial for point in api.front(served.study)}
@@ -153,11 +153,14 @@ def test_the_dashboards_pages_show_note_figures_and_artifacts(served: Served, br
     page.goto(f"{served.page}/note")
     page.get_by_text("Best point of the front for a budget").wait_for()
     page.goto(served.page)
-    for title in ("Hypervolume: area that the front dominates", "Predicted and measured loss"):
+    for title in ("Hypervolume that the front dominates", "Predicted and measured loss"):
         page.get_by_text(title).first.wait_for()
     page.goto(f"{served.page}/trials?numbers={point.trial}")
     page.get_by_text(f"Trial {point.trial}, on the front").wait_for()
-    page.get_by_text("rank_map.json").first.wait_for()
+    with page.expect_download() as download:
+        page.locator("a[download='rank_map.json']").click()
+    file = RankMapFile.model_validate_json(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert file.rank_map == point.rank_map
     # Nothing on the page is wider than the window, as a rank map among the attributes would be.
     assert page.evaluate("document.documentElement.scrollWidth") <= 1400
 
@@ -173,3 +176,4 @@ def test_a_report_opens_from_disk_and_asks_no_network(served: Served, browser_pa
     browser_page.wait_for_function("document.querySelectorAll('.figure .main-svg').length >= 5")
     assert (asked, faults) == ([path.as_uri()], [])
     assert browser_page.locator("#rank-search-1-front .legendtext").all_inner_texts()
+    assert violations(browser_page) == []

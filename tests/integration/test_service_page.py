@@ -15,6 +15,7 @@ from rank_search.export.rank_map_file import RankMapFile
 from rank_search.study.store import StudyStore
 from tests.contract.synthetic import open_study, run_trials
 from tests.data.service import MEASURED, WANTED, Served, on_port, served
+from tests.integration.conftest import violations
 from tests.integration.test_service_process import service as process_of_service
 
 if TYPE_CHECKING:
@@ -55,14 +56,6 @@ def log_in(page: Page, address: str, token: str) -> None:
     page.get_by_label("Token").fill(token)
     page.get_by_role("button", name="Log in").click()
     page.get_by_role("heading", name="Studies").wait_for()
-
-
-def violations(page: Page) -> list[str]:
-    """What axe-core finds wrong for people who use a keyboard, a screen reader, or need contrast."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response
-    return [f"{one['id']}: {[node['html'][:120] for node in one['nodes']]}" for one in found["violations"]]
 
 
 def test_the_page_shows_a_front_that_grows_and_exports_its_rank_maps(service: Served, address: str, page: Page) -> None:
@@ -134,6 +127,8 @@ def test_the_quickstart_study_is_submitted_grows_and_exports(page: Page, tmp_pat
         assert count == 1
     with process_of_service(tmp_path / "service", "--root", str(QUICKSTART), "--workers", "1") as (client, _):
         page.goto(f"{client.base_url}/service/")
+        page.get_by_text("There are no studies yet.").wait_for()
+        assert violations(page) == []
         page.get_by_label("Study file (TOML)").fill(study)
         page.get_by_role("button", name="Submit").click()
         page.get_by_role("heading", name="quickstart").wait_for()
@@ -194,17 +189,33 @@ def test_the_page_of_a_study_that_is_not_there_says_so_and_shows_nothing_else(
 
 def test_nothing_on_the_page_is_in_anyones_way(service: Served, address: str, page: Page) -> None:
     page.goto(f"{address}/service/")
-    page.get_by_label("Token").wait_for()
+    page.get_by_label("Token").fill("wrong")
+    assert violations(page) == []
+    page.get_by_role("button", name="Log in").click()
+    page.get_by_role("alert").get_by_text("the token is not valid").wait_for()
     assert violations(page) == []
     log_in(page, address, service.write)
     page.get_by_role("link", name="tiny").wait_for()
     assert violations(page) == []
-    page.get_by_role("link", name="tiny").click()
+    page.get_by_label("Study file (TOML)").fill('name = "../x"')
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("alert").get_by_text("should match pattern").wait_for()
+    assert violations(page) == []
+    page.get_by_label("Study file (TOML)").fill(FILE)
+    page.get_by_role("button", name="Submit").click()
+    page.locator("#plot").get_by_text("No trial has ended yet.").wait_for()
+    assert violations(page) == []
+    page.goto(f"{address}/service/#/nothing")
+    page.get_by_role("alert").get_by_text("there is no study 'nothing'").wait_for()
+    assert violations(page) == []
+    page.goto(f"{address}/service/#/tiny")
     page.locator("#plot a").first.hover()
     page.locator("#point table").wait_for()
-    assert violations(page) == []
-    page.emulate_media(color_scheme="dark")
-    assert violations(page) == []
+    for size, scheme in (((1200, 1000), "light"), ((1200, 1000), "dark"), ((400, 800), "light")):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]  # tables scroll in their own place
 
 
 def test_the_dashboard_opens_behind_the_same_login(service: Served, address: str, page: Page) -> None:

@@ -199,6 +199,8 @@ FILES = [
     _submit("a database among the run's keys", 422, _study(run__storage="sqlite:////tmp/x.db")),
     _submit("a working folder", 422, _study(run__work_dir="/tmp")),
     _submit("a working folder above", 422, _study(run__work_dir="../../..")),
+    _submit("a place for factor banks", 422, _study(run__bank_url="s3://bucket/folder")),
+    _submit("a place for factor banks on the disk", 422, _study(run__bank_url="file:///tmp")),
     _submit("a model's own code", 422, _study(model__trust_remote_code=True)),
     _submit("a metric's own code", 422, _study(validation__metrics=["org/x"], validation__trust_remote_code=True)),
     _submit("a metric by a path", 422, _study(validation__metrics=["../../evil"])),
