@@ -106,7 +106,8 @@ def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str, *
     changes: dict[str, object] = {
         "model": recipe.model.model_copy(update=pinned),
         "data": recipe.data.model_copy(update={"test": None}),  # not touched here, so it need not be there
-        "run": recipe.run.model_copy(update={"device": device}),
+        # Nor may such a file decide where factors of a model that is found here are uploaded to.
+        "run": recipe.run.model_copy(update={"device": device, "bank_url": None}),
         # Not asked for here, and a file from somebody else may not decide that a metric's own code is run.
         "validation": recipe.validation.model_copy(update={"metrics": (), "trust_remote_code": False}),
     }

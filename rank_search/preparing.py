@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,19 +18,20 @@ from rank_search.allocation import Allocator
 from rank_search.data.blocks import check_length
 from rank_search.data.making import ExampleMaker, maker
 from rank_search.data.splits import Splits
-from rank_search.factors.bank import BankKey, FactorBank, TrialBanks, Turn, open_or_build
-from rank_search.factors.build import BuildTimes, build_factors
+from rank_search.factors.bank import BankKey, FactorBank, Piece, TrialBanks, Turn, open_or_build
+from rank_search.factors.build import Build, BuildTimes
 from rank_search.factors.decompose import Factors
+from rank_search.factors.remote import RemoteBanks
 from rank_search.metrics.collecting import check_metrics
-from rank_search.model.device import resolve_device
+from rank_search.model.device import resolve_devices
 from rank_search.model.load import LoadedModel, load_model
+from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_experts
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankSpace
 from rank_search.spec import StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
-from rank_search.train.memory import in_halves_if_needed
 from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
 
 
@@ -55,6 +56,7 @@ class Prepared:
     study: StudyFile
     loaded: LoadedModel
     device: torch.device
+    """That of the model's input and output."""
     targets: tuple[Target, ...]
     space: RankSpace
     splits: Splits
@@ -99,16 +101,18 @@ def prepare(
     Raises:
         InputError: what the study file asks for is not there or does not fit together.
         DecompositionError: naming the layer whose factors cannot be computed.
-        BankError: the bank cannot be written, or is damaged.
+        BankError: the bank cannot be written or fetched, or is damaged.
     """
     spec = study.spec
     if spec.run.threads is not None:
         torch.set_num_threads(spec.run.threads)
     started = time.perf_counter()
-    device = resolve_device(spec.run.device)
+    devices = resolve_devices(spec.run.device, spec.run.gpus_per_model or 1)
     check_metrics(spec.validation.metrics)
     with progress.step("model"):
-        loaded = load_model(spec.model, study.folder, device)
+        loaded = load_model(spec.model, study.folder, *devices)
+    if len(devices) > 1:
+        progress.say(f"the model is spread over {len(devices)} GPUs; its steps are neither compiled nor recorded")
     targets = find_targets(loaded.model, spec.targets)
     if told := told_of_experts(loaded.model):
         progress.say(told)
@@ -126,7 +130,7 @@ def prepare(
     if nested and spec.finetune.mode == "nested":
         trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn)
     return Prepared(
-        study, loaded, device, targets, space, splits, bank, trial_banks, times.decomposition > 0,
+        study, loaded, devices[0], targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
             loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
             bank_at - blocks_at - times.statistics - times.decomposition, time.perf_counter() - bank_at,
@@ -151,20 +155,26 @@ def _bank(
         splits.recalibration_digest,
     )  # fmt: skip
     batch_blocks = spec.run.calibration_batch_blocks or spec.run.score_batch_blocks
+    gib = spec.run.statistics_memory
 
-    def build() -> dict[str, Factors]:
-        return build_factors(
+    def build() -> Iterator[Piece]:
+        return Build(
             loaded.model, targets, Examples.of(loaded.task, splits.calibration.columns), spec.factors, space,
-            recalibration=Examples.of(loaded.task, splits.recalibration.columns),
-            batch_blocks=batch_blocks, progress=progress, times=times,
-        )  # fmt: skip
+            recalibration=Examples.of(loaded.task, splits.recalibration.columns), batch_blocks=batch_blocks,
+            memory=None if gib is None else int(gib * 2**30), progress=progress, times=times,
+        ).pieces()  # fmt: skip
 
     device = next(loaded.model.parameters()).device.type
     made = {"model": spec.model.source, "device": device, "calibration_blocks": len(splits.calibration)}
     return open_or_build(
         study.work_dir, key, build, made,
         on_wait=lambda: progress.say("another process is building the factor bank; waiting"), turn=turn,
+        remote=_remote(spec, progress),
     )  # fmt: skip
+
+
+def _remote(spec: StudySpec, progress: Progress) -> RemoteBanks | None:
+    return None if spec.run.bank_url is None else RemoteBanks(spec.run.bank_url, progress)
 
 
 class _TakenByAnotherError(Exception):
@@ -187,6 +197,7 @@ def _nested_banks(
     examples = Examples.of(loaded.task, splits.train.columns)
     factors = {target.name: bank[target.name] for target in targets}
     checkpoints = Checkpoints.in_folder(study.work_dir, spec.run)
+    remote = _remote(spec, progress)
 
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
@@ -214,7 +225,7 @@ def _nested_banks(
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         key = dataclasses.replace(bank.key, tuned=tuned)
         checkpoint = checkpoints.of(bank=key.digest)
-        tuned_bank = open_or_build(study.work_dir, key, build, bank.made, on_wait, turn)
+        tuned_bank = open_or_build(study.work_dir, key, build, bank.made, on_wait, turn, remote)
         if checkpoint is not None:
             checkpoint.remove()
         return tuned_bank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,10 +252,20 @@ class RunSpec(Table):
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
     work_dir: str = "work"
     """Working folder (blocks, factor banks), relative to the study file."""
+    bank_url: str | None = None
+    """Where all hosts keep factor banks, beside their working folders: `s3://bucket/folder`, `gs://...`, `file:///...`
+    or another URL that fsspec opens. Whoever builds a bank uploads it; whoever lacks it downloads it. Credentials come
+    from the environment."""
+    gpus_per_model: Annotated[int, Field(ge=1, le=64)] | None = None
+    """GPUs that the model is spread over, block by block, where it does not fit one. None: as many as
+    `launch --gpus-per-worker` gives to a worker, else one."""
     score_batch_blocks: Positive = 8
     """Blocks in a batch of scoring and of calibration."""
     calibration_batch_blocks: Positive | None = None
     """Blocks in a batch of calibration, where it should be another: a large one keeps a GPU busy. None: as above."""
+    statistics_memory: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """GiB that the statistics of the target layers may take, on the model's device; those of more are collected group
+    by group, with a calibration pass each. None: a third of what is free once the model is loaded."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; None leaves torch's default."""
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 120.0
@@ -264,6 +275,27 @@ class RunSpec(Table):
     checkpoint_seconds: Annotated[float, Field(ge=0, le=864000)] = 60.0
     """How often a fine-tune that takes longer keeps its state in the working folder, for whoever has to go on with it;
     writing takes a twentieth of the time at most. 0: never."""
+
+    @model_validator(mode="after")
+    def _gpus_of_any_number(self) -> RunSpec:
+        if (self.gpus_per_model or 1) > 1 and self.device not in ("auto", "cuda"):
+            raise ValueError(f"gpus_per_model needs device = 'auto' or 'cuda', not {self.device!r}")
+        return self
+
+    @field_validator("bank_url")
+    @classmethod
+    def _url_without_secrets(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        # The value is in none of the messages, for it may hold what nobody should read.
+        protocol, _, place = value.partition("://")
+        if re.search(r":.*@", place, re.DOTALL) or "?" in value or "#" in value:
+            raise ValueError("takes no password, '?' or '#'; its driver reads credentials from the environment")
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", protocol) or not place.strip("/") or not value.isprintable():
+            raise ValueError("must be a URL such as s3://bucket/folder or file:///folder")
+        if protocol in {"file", "local"} and not place.startswith("/"):
+            raise ValueError("must name an absolute folder, as file:///folder does")
+        return value
 
 
 class StudySpec(Table):

@@ -21,6 +21,8 @@ from rank_search.factors.decompose import Factors
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.metrics.collecting import Metrics
 from rank_search.model.device import synchronize
+from rank_search.model.memory import in_halves_if_needed
+from rank_search.model.spread import devices_of
 from rank_search.preparing import Prepared
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
@@ -28,7 +30,6 @@ from rank_search.score import Score, score
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoint, Checkpoints
 from rank_search.train.finetune import FinetuneResult, finetune
-from rank_search.train.memory import in_halves_if_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Evaluator:
         self._prepared = prepared
         self._spec = prepared.spec
         self._device = prepared.device
+        self._devices = devices_of(prepared.model)
         self._factors: dict[str, Mapping[str, Factors]] = {}
         task, splits = prepared.loaded.task, prepared.splits
         self._train = Examples.of(task, splits.train.columns).to(self._device)
@@ -115,14 +117,14 @@ class Evaluator:
         started = time.perf_counter()
         factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
         with compressed(self._prepared.targets, factors, rank_map):
-            synchronize(self._device)
+            synchronize(*self._devices)
             swap = time.perf_counter() - started
             for rung in rungs:
                 started = time.perf_counter()
                 result = Score.mean_of(
                     [self._score(part, progress, metrics=False) for part in self._first(rung.blocks)]
                 )
-                synchronize(self._device)
+                synchronize(*self._devices)
                 seconds = _Seconds(swap, 0.0, time.perf_counter() - started)
                 yield self._measurement(rank_map, result, seconds, rung.fidelity)
                 swap = 0.0
@@ -183,11 +185,11 @@ class Evaluator:
     ) -> _Round:
         started = time.perf_counter()
         with self._applied(rank_map, number, train, progress) as applied:
-            synchronize(self._device)
+            synchronize(*self._devices)
             tuned = time.perf_counter()
             result = self._score(validation, progress)
             scored = time.perf_counter()
-        synchronize(self._device)
+        synchronize(*self._devices)
         swap = applied.swap_seconds + (time.perf_counter() - scored)
         seconds = _Seconds(swap, tuned - started - applied.swap_seconds, scored - tuned)
         return _Round(result, seconds, applied.train_losses)
@@ -208,7 +210,7 @@ class Evaluator:
                 started = time.perf_counter()
                 with ExitStack() as attempt:  # one that fails leaves the model dense for the next
                     layers = attempt.enter_context(self._compressed(rank_map))
-                    synchronize(self._device)
+                    synchronize(*self._devices)
                     swap_seconds = time.perf_counter() - started
                     tuned = self._finetuned(rank_map, layers, train, parts, checkpoint, progress)
                     applied.push(attempt.pop_all())
@@ -249,7 +251,7 @@ class Evaluator:
         """What a rank map of this kept fraction slices."""
         bank = self._prepared.trial_banks.at(kept)
         if bank.key.digest not in self._factors:
-            self._factors[bank.key.digest] = bank.on(self._device)
+            self._factors[bank.key.digest] = bank.on({t.name: t.device for t in self._prepared.targets})
         return self._factors[bank.key.digest]
 
     def score(self, progress: Progress = SILENT) -> Score:
@@ -318,9 +320,10 @@ class Evaluator:
     def _reset_memory(self) -> None:
         self._parts = 1
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            for device in self._devices:
+                torch.cuda.reset_peak_memory_stats(device)
 
     def _peak_memory(self) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            return sum(map(torch.cuda.max_memory_allocated, self._devices))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux

@@ -35,7 +35,11 @@ def launch(
     ] = "auto",
     gpus_per_worker: Annotated[
         int | None,
-        typer.Option(metavar="K", help="GPUs each. Default: one where there are GPUs.", show_default=False),
+        typer.Option(
+            metavar="K",
+            help="GPUs each, over which the model is spread. Default: one where there are GPUs.",
+            show_default=False,
+        ),
     ] = None,
     on: Annotated[str, typer.Option(metavar="ENGINE", help="local, ray, slurm or kubernetes.")] = "local",
     option: Annotated[

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rank_search.errors import BankError
 from rank_search.factors.decompose import Factors
-from rank_search.factors.tensor_files import write_tensors
-from rank_search.ranks import RankSpace, Storage
+from rank_search.factors.remote import RemoteBanks
+from rank_search.factors.tensor_files import streamed_tensors
+from rank_search.ranks import LayerShape, RankSpace, Storage
 from rank_search.spec import FactorSpec
 
 FORMAT_VERSION = 2
+
+_LOOK_SECONDS = 0.1
 
 _RECIPES = {"asvd": "asvd: E|x|"}
 """Methods whose factors were once made otherwise, with what their keys say now; all other banks stay good."""
@@ -103,11 +109,20 @@ class FactorBank:
         """Bytes of all factors."""
         return sum(f.out.nbytes + f.inn.nbytes for f in self._factors.values())
 
-    def on(self, device: torch.device) -> Mapping[str, Factors]:
-        """The factors for trials on ``device``: on a GPU with room for them they are copied there once."""
-        if device.type == "cuda" and self.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
-            return {name: Factors(f.out.to(device), f.inn.to(device), f.sigma) for name, f in self._factors.items()}
-        return self._factors
+    def on(self, devices: torch.device | Mapping[str, torch.device]) -> Mapping[str, Factors]:
+        """The factors for trials on a device, or on those of the layers: on GPUs with room for them they are copied
+        there once."""
+        if isinstance(devices, torch.device):
+            devices = dict.fromkeys(self._factors, devices)
+        nbytes: dict[torch.device, int] = {}
+        for name, f in self._factors.items():
+            nbytes[devices[name]] = nbytes.get(devices[name], 0) + f.out.nbytes + f.inn.nbytes
+        if any(d.type != "cuda" or held >= torch.cuda.mem_get_info(d)[0] // 4 for d, held in nbytes.items()):
+            return self._factors
+        return {
+            name: Factors(f.out.to(devices[name]), f.inn.to(devices[name]), f.sigma)
+            for name, f in self._factors.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -181,25 +196,44 @@ class Turn(Protocol):
         """Have the turn inside the block, or none where it ``is_made`` by then; ``on_wait``: called before waiting."""
 
 
+Piece = tuple[str, Literal["out", "inn", "sigma"], Tensor]
+"""A target layer's name, which of its factors it is, and the tensor itself."""
+
+
+def pieces_of(factors: Mapping[str, Factors]) -> Iterator[Piece]:
+    """All factors, layer by layer."""
+    for name, layer in factors.items():
+        yield name, "out", layer.out
+        yield name, "inn", layer.inn
+        yield name, "sigma", layer.sigma
+
+
 def open_or_build(
-    folder: Path, key: BankKey, build: Callable[[], Mapping[str, Factors]], made: Mapping[str, Any],
-    on_wait: Callable[[], object] = lambda: None, turn: Turn | None = None,
+    folder: Path, key: BankKey, build: Callable[[], Mapping[str, Factors] | Iterable[Piece]], made: Mapping[str, Any],
+    on_wait: Callable[[], object] = lambda: None, turn: Turn | None = None, remote: RemoteBanks | None = None,
 ) -> FactorBank:  # fmt: skip
     """The bank of ``key``; the first process to come builds it, the others wait and then map it.
+
+    With ``remote``, ``folder`` is what this host has of the banks there: what it lacks is downloaded, and what was
+    built is uploaded before the next folder has its turn, while the workers of this one go on.
 
     A file's lock makes the processes of a host wait for each other, ``turn`` those of all hosts: locks of files do
     not reach over every shared folder, and one of a host that is gone may stay.
 
-    ``on_wait`` is called before waiting for another process; what it raises ends the waiting.
+    ``on_wait`` is called before waiting for another process; what it raises ends the waiting. What ``build`` returns
+    may be made as it is asked for, piece by piece in any order: each is written before the next.
 
     Raises:
-        BankError: it cannot be written (a full disk, say), or is damaged. No part of a bank is left behind.
+        BankError: it cannot be written (a full disk, say), or is damaged. No part of a bank is left behind. Or
+            ``remote`` cannot be reached; what was built stays in ``folder`` and is uploaded the next time.
     """
     bank = open_bank(folder, key)
-    if bank is not None:
-        return bank
     path = bank_path(folder, key)
     lock = FileLock(path.with_suffix(".lock"))
+    if bank is not None:
+        if remote is not None and not remote.has(path.name):
+            _upload_unless_taken(remote, path, lock, turn)
+        return bank
     with ExitStack() as held:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,17 +243,55 @@ def open_or_build(
         with _writing(path):
             if not _try_acquire(lock) and turn is None:
                 on_wait()
-                lock.acquire()
+                while not _try_acquire(lock) and not path.exists():
+                    time.sleep(_LOOK_SECONDS)
         held.callback(lock.release)
         bank = open_bank(folder, key)
         if bank is not None:
             return bank
         for stale in path.parent.glob(f".{path.name}.*") if lock.is_locked else ():
             stale.unlink(missing_ok=True)  # of a process that was killed as it wrote, since the lock is ours
-        _write(path, key, build(), made)
+        if remote is None:
+            _write(path, key, build, made)
+        else:
+            held.enter_context(_turn_at(remote, path, turn, on_wait))
+            if not remote.download(path.name, path):
+                remote.check_writable()
+                _write(path, key, build, made)
+                remote.upload(path)
         bank = open_bank(folder, key)
         assert bank is not None
         return bank
+
+
+class _TakenError(Exception):
+    """Another worker is at it."""
+
+
+def _upload_unless_taken(remote: RemoteBanks, path: Path, lock: FileLock, turn: Turn | None) -> None:
+    """Upload a bank that was built when nothing could be, or before there was a URL."""
+
+    def leave() -> None:
+        raise _TakenError
+
+    with suppress(_TakenError), ExitStack() as held:
+        if turn is None:
+            with _writing(path):
+                if not _try_acquire(lock):
+                    return
+            held.callback(lock.release)
+        held.enter_context(_turn_at(remote, path, turn, leave))
+        if not remote.has(path.name):
+            remote.upload(path)
+
+
+def _turn_at(
+    remote: RemoteBanks, path: Path, turn: Turn | None, on_wait: Callable[[], object]
+) -> AbstractContextManager[None]:
+    """The turn of one folder of all that have banks from ``remote``."""
+    if turn is None:
+        return nullcontext()
+    return turn(f"bank {path.stem} at {remote.identity}", on_wait, lambda: remote.has(path.name))
 
 
 @contextmanager
@@ -254,23 +326,45 @@ def _try_acquire(lock: FileLock) -> bool:
     return True
 
 
-def _write(path: Path, key: BankKey, factors: Mapping[str, Factors], made: Mapping[str, Any]) -> None:
-    tensors = {}
-    for name, f in factors.items():
-        tensors[f"{name}.out"] = f.out.contiguous().cpu()
-        tensors[f"{name}.inn"] = f.inn.contiguous().cpu()
-        tensors[f"{name}.sigma"] = f.sigma.contiguous().cpu()
+class _UnwritableError(Exception):
+    """Of the file, not of what is to be in it."""
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnwritableError(str(error)) from error
+
+
+def _write(
+    path: Path, key: BankKey, build: Callable[[], Mapping[str, Factors] | Iterable[Piece]], made: Mapping[str, Any]
+) -> None:
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, m, n in key.layers:
+        rank = LayerShape(name, m, n).max_rank(key.storage)
+        shapes[f"{name}.out"], shapes[f"{name}.inn"] = (torch.float32, (rank, m)), (torch.float32, (rank, n))
+        shapes[f"{name}.sigma"] = torch.float64, (min(m, n),)
     header = {"bank": json.dumps({"key": asdict(key), "made": dict(made)})}
     try:
-        write_tensors(path, tensors, header)
-    except (SafetensorError, OSError) as error:
+        with ExitStack() as writing:
+            with _told_apart():
+                file = writing.enter_context(streamed_tensors(path, shapes, header))
+            factors = build()
+            for name, part, tensor in pieces_of(factors) if isinstance(factors, Mapping) else factors:
+                with _told_apart():
+                    file.write(f"{name}.{part}", tensor)
+            with _told_apart():
+                writing.close()
+    except _UnwritableError as error:
         if path.exists():
             return  # by the next one, to whom this one was silent for too long
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes.values())
         raise BankError(
             f"factor bank {path} of {size / 2**20:.0f} MiB cannot be written: {error}; "
             "free space or choose another run.work_dir"
-        ) from error
+        ) from error.__cause__
 
 
 def _tail(sigma: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -49,6 +49,8 @@ def measured_slopes(
         NonFiniteLossError: the loss is not finite.
     """
     chosen = [target for target in targets if target.name in lost]
+    if not chosen:
+        return {}
     gradients = mean_gradients(model, chosen, examples, batch_blocks=batch_blocks, progress=progress)
     return {name: _product(gradient, lost[name]) for name, gradient in gradients.items()}
 

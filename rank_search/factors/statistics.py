@@ -75,6 +75,31 @@ def collect_statistics(
     return moments.means(predictions)
 
 
+@torch.no_grad()
+def input_owners(model: nn.Module, targets: Sequence[Target], examples: Examples) -> dict[str, str]:
+    """Module name → the module whose input it reads, too, and whose ``A`` is its own; told by one example.
+
+    A module that the example does not reach is not there.
+    """
+    device = next(model.parameters()).device
+    readers = _Readers()
+
+    def note(name: str, x: Tensor) -> None:
+        readers.owner(name, x)
+
+    handles = [
+        parts[0].module.register_forward_pre_hook(lambda _module, args, name=parts[0].module_name: note(name, args[0]))
+        for parts in by_module(targets)
+    ]
+    try:
+        with autocast(device):
+            examples.task.logits(model, next(examples.unpadded(1, device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return readers.owners
+
+
 def mean_statistics(
     first: dict[str, LayerStatistics], second: dict[str, LayerStatistics]
 ) -> dict[str, LayerStatistics]:
@@ -112,6 +137,29 @@ def _pass(model: nn.Module, task: Task, batch: Batch, generator: torch.Generator
     return len(logits)
 
 
+class _Readers:
+    """Tells which layers read one tensor: those called one after the other on it, unchanged."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, str] = {}
+        self._last: tuple[Tensor, int, str] | None = None
+
+    def owner(self, name: str, x: Tensor) -> str:
+        """The first of the layers that read ``x``, of which ``name`` is the one that is called now."""
+        owner = name
+        if self._last is not None:
+            last, version, last_owner = self._last
+            if last.data_ptr() == x.data_ptr() and last.shape == x.shape and version == x._version:
+                owner = last_owner
+        owner = self.owners.setdefault(name, owner)
+        self._last = (x, x._version, owner)
+        return owner
+
+    def forget(self) -> None:
+        """Let go of the last tensor."""
+        self._last = None
+
+
 class _Moments:
     """Sums of outer products, gathered by hooks."""
 
@@ -123,8 +171,7 @@ class _Moments:
         self._abs: dict[str, Tensor] = {}
         self._G: dict[str, Tensor] = {}
         self._vectors: dict[str, int] = {}
-        self._owner: dict[str, str] = {}
-        self._last: tuple[Tensor, int, str] | None = None
+        self._readers = _Readers()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -137,7 +184,7 @@ class _Moments:
         try:
             yield
         finally:
-            self._last = None
+            self._readers.forget()
             for handle in handles:
                 handle.remove()
 
@@ -147,17 +194,18 @@ class _Moments:
         Raises:
             TargetError: a layer took no part in what the model computed.
         """
+        owners = self._readers.owners
         for target in self._targets:
-            if target.module_name not in (self._G if self._gradients else self._owner):
+            if target.module_name not in (self._G if self._gradients else owners):
                 raise TargetError(
                     f"{target.module_name} has no part in the model's output on the calibration blocks; exclude it, or "
                     "calibrate on more text"
                 )
         modules = {
             name: LayerStatistics(
-                self._mean_inputs(self._owner[name]) if self._inputs else None,
+                self._mean_inputs(owners[name]) if self._inputs else None,
                 self._G[name].div_(tokens) if self._gradients else None,
-                self._abs[self._owner[name]] if self._inputs else None,
+                self._abs[owners[name]] if self._inputs else None,
             )
             for name in dict.fromkeys(target.module_name for target in self._targets)
         }
@@ -186,14 +234,8 @@ class _Moments:
         return output
 
     def _add_input(self, name: str, x: Tensor) -> None:
-        """Layers called one after the other on the same tensor, unchanged, share the sums of the first."""
-        owner = name
-        if self._last is not None:
-            last, version, last_owner = self._last
-            if last.data_ptr() == x.data_ptr() and last.shape == x.shape and version == x._version:
-                owner = last_owner
-        owner = self._owner.setdefault(name, owner)
-        self._last = (x, x._version, owner)
+        """Layers that read the same tensor share the sums of the first."""
+        owner = self._readers.owner(name, x)
         if owner == name:
             _add_outer(self._A, name, x)
             magnitudes = x.flatten(0, -2).abs().sum(0, dtype=torch.float64)

@@ -19,7 +19,8 @@ class Job:
         logs: folder for the workers' logs.
         trials: finished trials wanted, None: the file's own number.
         workers: how many, None: as many as the place has room for.
-        gpus_per_worker: GPUs that each worker sees, None: one where there are GPUs, else none.
+        gpus_per_worker: GPUs that each worker sees and, unless the study file says otherwise, spreads the model over;
+            None: one where there are GPUs, else none.
         grace: seconds that a worker which is asked to stop may take to finish its trial.
     """
 
@@ -40,7 +41,8 @@ class Job:
         """
         trials = () if self.trials is None else ("--trials", str(self.trials))
         where = str(self.study.resolve()) if study is None else study
-        return (python, "-m", "rank_search.launch.worker", where, *trials, "--grace", f"{self.grace:g}")
+        several = ("--gpus-per-model", str(self.gpus_per_worker)) if (self.gpus_per_worker or 0) > 1 else ()
+        return (python, "-m", "rank_search.launch.worker", where, *trials, "--grace", f"{self.grace:g}", *several)
 
 
 @dataclass(frozen=True, slots=True)

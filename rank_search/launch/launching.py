@@ -37,7 +37,7 @@ def launch(
 
     Args:
         workers: None takes one a GPU, or one for a few cores.
-        gpus_per_worker: None takes one where there are GPUs.
+        gpus_per_worker: None takes as many as the study file spreads the model over, or one where there are GPUs.
         on: the engine, one of :data:`ENGINES`, with its options.
         grace: seconds that a worker which is asked to stop may take to finish its trial.
         detach: leave once a cluster has taken the workers on.
@@ -80,6 +80,8 @@ def make_job(
         raise DeviceError(
             f"run.device = {file.spec.run.device!r} would put all workers on one GPU; say 'auto', 'cuda' or 'cpu'"
         )
+    if gpus_per_worker is None and (file.spec.run.gpus_per_model or 1) > 1:
+        gpus_per_worker = file.spec.run.gpus_per_model
     return Job(
         path, file.spec.name, api.storage_url(storage, file), file.work_dir / "logs", trials, workers, gpus_per_worker,
         grace,

@@ -6,12 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 from rank_search.errors import DeviceError
 
 _GPU = re.compile(r"cuda(?::(\d{1,9}))?")
+_MEMINFO = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
+_CONTAINER = Path("/sys/fs/cgroup")
+_CACHED = re.compile(r"^inactive_file (\d+)$", re.MULTILINE)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -38,6 +42,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def resolve_devices(name: str, count: int) -> tuple[torch.device, ...]:
+    """As :func:`resolve_device`, and the ``count - 1`` GPUs that follow it.
+
+    Raises:
+        DeviceError: another name, or more GPUs than there are.
+    """
+    first = resolve_device(name)
+    if count == 1:
+        return (first,)
+    there = torch.cuda.device_count() - (first.index or 0) if first.type == "cuda" else 0
+    if count > there:
+        raise DeviceError(
+            f"the model is to be spread over {count} GPUs, but {there or 'none'} can be used here; "
+            "change run.gpus_per_model or --gpus-per-worker"
+        )
+    return tuple(torch.device("cuda", (first.index or 0) + number) for number in range(count))
+
+
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """bf16 autocast on a GPU, plain float32 on a CPU."""
     if device.type == "cuda":
@@ -62,7 +84,31 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a host clock tells the truth."""
+def synchronize(*devices: torch.device) -> None:
+    """Wait for the devices, so that a host clock tells the truth."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still have of a device's memory; for the CPU, of the host's."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (told := _MEMINFO.search(_read(Path("/proc/meminfo")))) is not None:  # what can be freed counts there, too
+        free = 1024 * int(told[1])
+    limit, used = (_read(_CONTAINER / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdecimal() and used.isdecimal():
+        cached = _CACHED.search(_read(_CONTAINER / "memory.stat"))
+        free = min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return max(free, 0)
+
+
+def _read(file: Path) -> str:
+    """Empty where a system has no such file."""
+    try:
+        return file.read_text(encoding="ascii")
+    except OSError:
+        return ""

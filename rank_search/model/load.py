@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from rank_search.errors import ModelError, one_line
+from rank_search.model.spread import spread
 from rank_search.spec import ModelSpec
 from rank_search.task import CAUSAL_LM, TASKS, Task
 
@@ -90,10 +91,11 @@ def locate(spec: ModelSpec, folder: Path) -> ModelLocation:
     return ModelLocation(spec.source, {"revision": spec.revision})
 
 
-def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedModel:
-    """Load a model for the task of ``spec`` in float32 with its tokenizer.
+def load_model(spec: ModelSpec, folder: Path, device: torch.device, *others: torch.device) -> LoadedModel:
+    """Load a model for the task of ``spec`` in float32 with its tokenizer; with ``others``, spread over all devices.
 
     Raises:
+        DeviceError: it cannot be spread over the devices, or does not fit them.
         ModelError: not found, not a model for the task, incomplete, or in need of remote code.
     """
     task = TASKS[spec.task]
@@ -122,7 +124,11 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device) -> LoadedMod
             f"model {spec.source!r} lacks {len(missing)} weights of a {type(model).__name__}, first {missing[0]}; "
             f"it would start from random numbers: give a checkpoint made for {task.made_for}"
         )
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False)
+    if others:
+        spread(model, (device, *others))
+    else:
+        model = model.to(device)
     revision = None if where.is_local else getattr(model.config, "_commit_hash", None)
     return LoadedModel(model, tokenizer, spec.source, revision, weights_digest(model.state_dict().items()), task)
 

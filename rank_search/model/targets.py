@@ -50,6 +50,11 @@ class Target:
         matrix = weight_matrix(self.module)
         return self.part.of(matrix) if self.part else matrix
 
+    @property
+    def device(self) -> torch.device:
+        """Where its matrix is."""
+        return weight_matrix(self.module).device
+
     @torch.no_grad()
     def write(self, values: Float[Tensor, "m n"]) -> None:
         """Write W, in place."""

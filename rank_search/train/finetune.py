@@ -16,6 +16,7 @@ from rank_search.compress.low_rank import LowRankLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.model.device import autocast, deterministic
 from rank_search.model.gradients import requiring_grad
+from rank_search.model.spread import devices_of
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import PLAIN_RATE, FinetuneSpec
@@ -80,8 +81,9 @@ def finetune(
 def fused_if_worth_it(
     model: nn.Module, targets: Sequence[Target], spec: FinetuneSpec, device: torch.device, progress: Progress
 ) -> AbstractContextManager[Copies]:
-    """The model fused inside the block, where that is asked for and possible: on a GPU, with factors trained alone."""
-    if device.type == "cuda" and spec.compiled and spec.train == "factors" and can_fuse(targets):
+    """The model fused inside the block, where that is asked for and possible: on one GPU, factors trained alone."""
+    on_one = len(devices_of(model)) == 1
+    if device.type == "cuda" and on_one and spec.compiled and spec.train == "factors" and can_fuse(targets):
         return fused(model, targets, progress=progress)
     return nullcontext(NO_COPIES)
 
@@ -132,13 +134,14 @@ def train_steps(
     """The loop of every fine-tune: ``steps`` of AdamW on ``groups``; returns each step's loss, on the device.
 
     ``before_step`` is called with a step's index before its forward pass; it may change the content of tensors, but
-    not the work of a step: on a GPU it is recorded once and replayed (:class:`CapturedStep`), unless ``capture`` is
+    not the work of a step: on one GPU it is recorded once and replayed (:class:`CapturedStep`), unless ``capture`` is
     False. ``parts`` and ``checkpoint``: as for :func:`finetune`.
     """
     trained = [parameter for group in groups for parameter in group.parameters]
-    device = trained[0].device
-    on_gpu = device.type == "cuda"
-    optimizer = _adamw(groups, device, spec)
+    devices = devices_of(model)
+    device = devices[0]
+    on_one_gpu = device.type == "cuda" and len(devices) == 1
+    optimizer = _adamw(groups, device, spec, on_one_gpu=on_one_gpu)
 
     def one_step(batch: Batch) -> Tensor:
         total = torch.zeros((), device=device)
@@ -158,7 +161,7 @@ def train_steps(
         return total
 
     do_step = one_step
-    if on_gpu and capture:
+    if on_one_gpu and capture:
         do_step = CapturedStep(model, one_step, on_refusal=lambda reason: progress.say(_NOT_CAPTURED.format(reason)))
     losses = torch.zeros(steps, device=device)
     keeping = Keeping(checkpoint, trained, optimizer, losses, progress)
@@ -189,13 +192,12 @@ def _parts(task: Task, batch: Batch, parts: int) -> Iterator[tuple[Batch, Float[
         yield cut, (task.labels(cut) != IGNORED).sum() / predictions
 
 
-def _adamw(groups: Sequence[Group], device: torch.device, spec: FinetuneSpec) -> torch.optim.AdamW:
-    on_gpu = device.type == "cuda"
-    # On a GPU the rates are tensors: a recorded step has to read them anew.
-    rates = [torch.tensor(g.learning_rate, device=device) if on_gpu else g.learning_rate for g in groups]
+def _adamw(groups: Sequence[Group], device: torch.device, spec: FinetuneSpec, *, on_one_gpu: bool) -> torch.optim.AdamW:
+    # On one GPU the rates are tensors: a recorded step has to read them anew.
+    rates = [torch.tensor(g.learning_rate, device=device) if on_one_gpu else g.learning_rate for g in groups]
     return torch.optim.AdamW(
         [{"params": list(g.parameters), "lr": rate} for g, rate in zip(groups, rates, strict=True)],
-        betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=on_gpu, capturable=on_gpu,
+        betas=(0.9, 0.95), weight_decay=spec.weight_decay, fused=device.type == "cuda", capturable=on_one_gpu,
     )  # fmt: skip
 
 

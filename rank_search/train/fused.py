@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from rank_search.compress.low_rank import LowRankLinear
 from rank_search.compress.nested_linear import NestedLinear
 from rank_search.cross_entropy import compiled_pieces
+from rank_search.model.spread import blocks_of
 from rank_search.model.targets import Target, bias_of, weight_matrix
 from rank_search.progress import SILENT, Progress
 
@@ -254,11 +255,3 @@ def _inputs_requiring_grad(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What the outermost lists of modules hold: the blocks of a Transformer."""
-    blocks: list[nn.Module] = []
-    for child in model.children():
-        blocks.extend(child if isinstance(child, nn.ModuleList) else blocks_of(child))
-    return blocks

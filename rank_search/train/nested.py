@@ -19,6 +19,7 @@ from rank_search.compress.low_rank import place, restore
 from rank_search.compress.nested_linear import NestedLinear
 from rank_search.errors import NonFiniteLossError
 from rank_search.factors.decompose import Factors
+from rank_search.model.spread import devices_of
 from rank_search.model.targets import Target
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap
@@ -90,16 +91,26 @@ def nested_finetune(
         NonFiniteLossError: the training loss became NaN or infinite.
     """
     steps = spec.nested_steps
-    device = next(model.parameters()).device
+    devices = devices_of(model)
     wanted = torch.tensor([_ranks(rank_maps(index), targets) for index in range(steps)])
-    ranks = wanted.to(device)  # all at once: one copy to the device, none in the loop
-    now = ranks[0].clone()
+    ranks = {device: wanted.to(device) for device in devices}  # all at once: one copy to a device, none in the loop
+    now = {device: of_all[0].clone() for device, of_all in ranks.items()}
+
+    def set_ranks(index: int) -> None:
+        for device, of_all in ranks.items():
+            now[device].copy_(of_all[index])
+
     layers = {
         target.name: NestedLinear(
-            target, factors[target.name], rank, masked=device.type == "cuda", largest=largest, ever_dense=least < 0
+            target,
+            factors[target.name],
+            now[target.device][number],
+            masked=target.device.type == "cuda",
+            largest=largest,
+            ever_dense=least < 0,
         )
-        for target, rank, largest, least in zip(
-            targets, now, wanted.amax(0).tolist(), wanted.amin(0).tolist(), strict=True
+        for number, (target, largest, least) in enumerate(
+            zip(targets, wanted.amax(0).tolist(), wanted.amin(0).tolist(), strict=True)
         )
         if largest > 0
     }
@@ -108,11 +119,10 @@ def nested_finetune(
     place(targets, layers)
     try:
         groups = _groups(layers, wanted, targets, spec)
-        with fused_if_worth_it(model, targets, spec, device, progress) as copies:
+        with fused_if_worth_it(model, targets, spec, devices[0], progress) as copies:
             losses = train_steps(
                 model, groups, examples, spec, steps, seed=seed, title="nested fine-tune",
-                progress=progress, before_step=lambda index: now.copy_(ranks[index]), copies=copies,
-                parts=parts, checkpoint=checkpoint,
+                progress=progress, before_step=set_ranks, copies=copies, parts=parts, checkpoint=checkpoint,
             )  # fmt: skip
     finally:
         restore(targets)

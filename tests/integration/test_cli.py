@@ -239,22 +239,29 @@ def test_apply_writes_the_measured_model(study: Path, tmp_path: Path, form: str)
     assert found["tokens"] > 0
 
 
-def test_apply_takes_the_commit_that_was_measured(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The study file may name a branch, which has moved on since."""
+def test_apply_takes_the_commit_that_was_measured_and_uploads_nothing(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study file may name a branch, which has moved on since, and a place for banks that is somebody else's."""
     file = api.export(study, knee=True)
-    recipe = file.recipe.model_copy(update={"model": file.recipe.model.model_copy(update={"revision": "main"})})
+    recipe = file.recipe.model_copy(
+        update={
+            "model": file.recipe.model.model_copy(update={"revision": "main"}),
+            "run": file.recipe.run.model_copy(update={"bank_url": "s3://elsewhere"}),
+        }
+    )
     record = file.model.model_copy(update={"revision": "c0ffee"})
     file.model_copy(update={"model": record, "recipe": recipe}).write(tmp_path / "rank_map.json", folder=study.parent)
     asked = []
 
     def refuse(study: StudyFile, **_arguments: object) -> None:
-        asked.append(study.spec.model.revision)
+        asked.append((study.spec.model.revision, study.spec.run.bank_url))
         raise RankMapError("far enough")
 
     monkeypatch.setattr(applying, "prepare", refuse)
     with pytest.raises(RankMapError, match="far enough"):
         api.apply(tmp_path / "rank_map.json", tmp_path / "compressed")
-    assert asked == ["c0ffee"]
+    assert asked == [("c0ffee", None)]
 
 
 def test_evaluate_scores_on_the_test_blocks_of_a_study(

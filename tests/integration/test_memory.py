@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import rank_search as rs
+from rank_search.model.memory import in_halves_if_needed, is_out_of_memory
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress
 from rank_search.spec import load_study_file
 from rank_search.study.records import State
 from rank_search.task import IGNORED, MASKED_LM, Task
 from rank_search.train.finetune import _parts
-from rank_search.train.memory import in_halves_if_needed, is_out_of_memory
 from rank_search.trial import Evaluator
 from rank_search.worker import Outcome, work
 from tests.conftest import StudyFactory

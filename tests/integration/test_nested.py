@@ -91,6 +91,30 @@ def test_it_is_made_once(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) ->
     assert prepare(prepared.study).trial_banks.digest == prepared.trial_banks.digest
 
 
+def test_another_host_downloads_all_its_banks(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def again(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("made again")
+
+    def at_host(work_dir: str) -> Prepared:
+        run = prepared.spec.run.model_copy(
+            update={"work_dir": f"{tmp_path}/{work_dir}", "bank_url": f"file://{tmp_path}/objects"}
+        )
+        return prepare(prepared.study.model_copy(update={"spec": prepared.spec.model_copy(update={"run": run})}))
+
+    monkeypatch.setattr("rank_search.preparing.nested_finetune", again)
+    monkeypatch.setattr("rank_search.preparing.Build", again)
+    at_host("work")  # which has them, and uploads them
+    other = at_host("other")
+    assert other.trial_banks.digest == prepared.trial_banks.digest
+    for theirs, ours in zip(
+        (other.bank, *other.trial_banks.banks), (prepared.bank, *prepared.trial_banks.banks), strict=True
+    ):
+        assert theirs.path.parent == tmp_path / "other" / "banks"
+        assert theirs.path.read_bytes() == ours.path.read_bytes()
+
+
 def test_another_learning_rate_is_another_bank_and_own_steps_are_not(
     prepared: Prepared, tiny_study: StudyFactory
 ) -> None:

@@ -150,11 +150,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 def test_no_half_bank_is_left_by_a_full_disk(tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_study()
 
-    def full(_tensors: object, file: Path, **_kwargs: object) -> None:
-        file.write_bytes(b"half")
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", full)
+    monkeypatch.setattr(tensor_files.TensorStream, "write", full)
     with pytest.raises(BankError, match=r"No space left on device; free space or choose another run.work_dir"):
         _prepare(path)
     assert [file.suffix for file in (path.parent / "work" / "banks").iterdir()] in ([], [".lock"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -26,29 +27,40 @@ COMMANDS = [line for block in _blocks("sh") for line in block.splitlines() if li
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart study as the repository has it, its trials fewer and shorter."""
+    """The quickstart study as the repository has it, smaller: fewer trials, steps and blocks."""
     folder = tmp_path_factory.mktemp("readme")
     target = folder / "studies" / "quickstart"
     shutil.copytree(ROOT / "studies" / "quickstart" / "model", target / "model")
     study = (ROOT / "studies" / "quickstart" / "study.toml").read_text(encoding="utf-8")
-    for pattern, short in ((r"^trials = \d+", "trials = 9"), (r"^steps = \d+", "steps = 1")):
-        study, count = re.subn(pattern, short, study, flags=re.MULTILINE)
+    shorter = {"trials": "9", "steps": "1", "calibration_blocks": "16\nvalidation_blocks = 16"}
+    for key, value in shorter.items():
+        study, count = re.subn(rf"^{key} = \d+", f"{key} = {value}", study, flags=re.MULTILINE)
         assert count == 1
     (target / "study.toml").write_text(study, encoding="utf-8")
     return folder
 
 
-def _run(arguments: list[str], folder: Path) -> str:
-    result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)
+def _run(arguments: list[str], folder: Path, given: str = "") -> str:
+    result = subprocess.run(arguments, cwd=folder, input=given, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, f"{shlex.join(arguments)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
+_IN_TURN = """
+import json, sys
+from rank_search.cli import run_command
+for arguments in json.load(sys.stdin):
+    if code := run_command(arguments):
+        sys.exit(f"{code} of {arguments}")
+"""
+"""What the console script does, for one command line after another: torch takes seconds to import."""
+
+
 def test_the_commands_run(folder: Path) -> None:
     assert len(COMMANDS) >= 8
-    for command in COMMANDS:
-        program, *arguments = shlex.split(command)
-        _run([str(Path(sys.executable).with_name(program)), *arguments], folder)
+    (program, *first), *others = [shlex.split(command) for command in COMMANDS]
+    _run([str(Path(sys.executable).with_name(program)), *first], folder)
+    _run([sys.executable, "-c", _IN_TURN], folder, json.dumps([arguments for _, *arguments in others]))
     assert (folder / "front.png").stat().st_size > 10_000
     assert (folder / "rank_map.json").is_file()
     assert (folder / "compressed" / "model.safetensors").is_file()

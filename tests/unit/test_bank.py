@@ -9,7 +9,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from multiprocessing.context import ForkServerContext
@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from rank_search.errors import BankError
 from rank_search.factors import tensor_files
-from rank_search.factors.bank import BankKey, FactorBank, bank_path, open_bank, open_or_build
+from rank_search.factors.bank import BankKey, FactorBank, Piece, bank_path, open_bank, open_or_build, pieces_of
 from rank_search.factors.decompose import Factors, decompose
 from rank_search.ranks import LayerShape, RankSpace
 from rank_search.spec import FactorSpec
@@ -227,14 +228,40 @@ def test_a_bank_under_another_name_is_refused(tmp_path: Path) -> None:
         open_bank(tmp_path, other)
 
 
-def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(_tensors: object, path: Path, **_kwargs: object) -> None:
-        path.write_bytes(b"half a bank")
+@pytest.mark.parametrize("full_at", ["at its start", "half-way"])
+def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", half)
+    if full_at == "at its start":  # nothing is computed for a disk that has no room for it
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        build = _never
+    else:
+        monkeypatch.setattr(tensor_files.TensorStream, "write", full)
+        build = _factors
     with pytest.raises(BankError, match=r"cannot be written: .*No space left on device; free space or choose another"):
-        open_or_build(tmp_path, KEY, _factors, MADE)
+        open_or_build(tmp_path, KEY, build, MADE)
+    assert _files(tmp_path) == []
+
+
+def test_pieces_may_come_in_any_order_and_the_file_is_what_safetensors_writes(tmp_path: Path) -> None:
+    pieces = list(pieces_of(_factors()))
+    bank = open_or_build(tmp_path, KEY, lambda: iter(pieces[::-1]), MADE)
+    _assert_holds(bank, _factors())
+    with safe_open(bank.path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {f"{name}.{part}": tensor.contiguous() for name, part, tensor in pieces}
+    tensor_files.write_tensors(tmp_path / "expected", tensors, metadata)
+    assert bank.path.read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_what_stops_the_builder_half_way_comes_through_as_it_is(tmp_path: Path) -> None:
+    def build() -> Iterator[Piece]:
+        yield next(pieces_of(_factors()))
+        raise FileNotFoundError("of the text, not of the bank")
+
+    with pytest.raises(FileNotFoundError, match="of the text"):
+        open_or_build(tmp_path, KEY, build, MADE)
     assert _files(tmp_path) == []
 
 

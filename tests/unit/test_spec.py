@@ -54,7 +54,7 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         ('[model]\nsource = "m"\n', "name: Field required"),
         (LEAST + 'revison = "a"\n', "unknown key 'model.revison'; did you mean 'revision'?"),
         (LEAST + "[serach]\ntrials = 3\n", "unknown key 'serach'; did you mean 'search'?"),
-        (LEAST + "[run]\nzzz = 3\n", "unknown key 'run.zzz'; known keys are device, work_dir, score_batch"),
+        (LEAST + "[run]\nzzz = 3\n", "unknown key 'run.zzz'; known keys are device, work_dir, bank_url"),
         (LEAST + "[search]\ntrials = 0\n", "search.trials: Input should be greater than or equal to 1, not 0"),
         (LEAST + '[search]\ntrials = "3"\n', "search.trials: Input should be a valid integer, not '3'"),
         (LEAST + "[search]\ntrials = true\n", "search.trials: Input should be a valid integer, not True"),
@@ -69,6 +69,21 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         (LEAST + "[finetune]\nsteps = 5\ntokens = 5\n", "finetune: give steps or tokens, not both"),
         (LEAST + "[data]\ntrain_blocks = 4\n", "data.train_blocks (4) must be at least finetune.batch_blocks (8)"),
         (LEAST + '[run]\ndevice = "gpu"\n', "run.device: "),
+        *(
+            (LEAST + f'[run]\nbank_url = "{url}"\n', f"run.bank_url: {message}")
+            for url, message in (
+                ("s3://key:word@bucket", "takes no password, '?' or '#'; its driver reads credentials from the"),
+                ("sftp://key:wo/rd@host/folder", "takes no password"),
+                ("key:word@bucket", "must be a URL such as s3://bucket/folder or file:///folder"),
+                ("https://host/folder?signature=word", "takes no password, '?'"),
+                ("banks", "must be a URL"), ("/shared/banks", "must be a URL"), ("s3://", "must be a URL"),
+                ("cache::s3://bucket", "must be a URL"), ("s3://bucket\\nfolder", "must be a URL"),
+                ("", "must be a URL"),
+                ("file://banks", "must name an absolute folder, as file:///folder does"),
+            )
+        ),
+        (LEAST + "[run]\nstatistics_memory = 0\n", "run.statistics_memory: Input should be greater than 0"),
+        (LEAST + '[run]\ndevice = "cuda:1"\ngpus_per_model = 2\n', "gpus_per_model needs device = 'auto'"),
         (LEAST + "[run]\nthreads = 1000000000000\n", "run.threads: Input should be less than or equal to 4096"),
         (LEAST + f"[factors]\nseed = {2**63}\n", "factors.seed: Input should be less than"),
         (LEAST + f"[search]\nseed = 1{'0' * 5000}\n", "is not valid TOML"),
@@ -90,6 +105,7 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_field(tmp_path: Path, 
     assert str(caught.value).startswith(f"study file {path}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "word" not in str(caught.value).replace("password", "")  # of the URLs
 
 
 def test_a_missing_file_and_a_file_that_is_no_text_are_refused(tmp_path: Path) -> None:
@@ -102,9 +118,17 @@ def test_a_missing_file_and_a_file_that_is_no_text_are_refused(tmp_path: Path) -
         load_study_file(tmp_path / "binary.toml")
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket", "gs://bucket/folder/", "abfs://box@account.dfs.core.windows.net/x", "file:///a b", "memory://x"],
+)
+def test_a_bank_may_be_kept_wherever_fsspec_reaches(url: str) -> None:
+    assert _parse(run={"bank_url": url}).run.bank_url == url
+
+
 def test_size_and_place_do_not_change_the_meaning() -> None:
     base = _parse()
-    same = _parse(search={"trials": 999}, run={"device": "cpu", "threads": 2, "work_dir": "x"})
+    same = _parse(search={"trials": 999}, run={"device": "cpu", "threads": 2, "work_dir": "x", "bank_url": "s3://x"})
     assert same.digest == base.digest
     same.check_same_meaning(base)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,14 +11,15 @@ import torch
 
 _Result = TypeVar("_Result")
 
-_ON_CPU = "DefaultCPUAllocator: can't allocate memory"
-"""How torch says it, in a RuntimeError."""
+_ON_HOST = ("DefaultCPUAllocator: can't allocate memory", "Cannot allocate memory", "can't start new thread")
+"""How torch, a file that is mapped and a thread without room for its stack say it, in a RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory has run out, a GPU's or the host's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and _ON_CPU in str(error)
+        (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_HOST))
     )
 
 
