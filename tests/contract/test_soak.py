@@ -25,7 +25,9 @@ SECONDS = 0.05
 """Of a trial."""
 LARGER = "40"
 """Sides of the made-up model's layers: so large that hardly two proposals are one rank map."""
-WORKERS = {"postgresql": 16, "sqlite": 4}
+IS_LONG = TRIALS >= 1000
+WORKERS = {"postgresql": 16 if IS_LONG else 6, "sqlite": 4 if IS_LONG else 3}
+"""As many as the figures are of; in a short run they would do little but start."""
 
 
 @pytest.fixture(params=list(WORKERS))
