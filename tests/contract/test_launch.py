@@ -236,8 +236,9 @@ KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "4"))
 def test_workers_killed_at_random_lose_nothing(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rank_search.launch.restarts.MOST_IN_A_ROW", 1000)  # it is not the workers' fault
     monkeypatch.setattr("rank_search.launch.restarts.LONGEST_DELAY", 0.5)
+    monkeypatch.setenv("RANK_SEARCH_TEST_LARGER", "40")  # else long runs would propose the same rank maps again
     rng = random.Random(0)
-    trials = 60 + 20 * KILLS  # so many that the last kill comes before the last trial
+    trials = 60 + 25 * KILLS  # so many that the last kill comes before the last trial
     launch = Launch(storage, tmp_path, workers=3, trials=trials, seconds=0.1)
     killed: list[int] = []
     due = [time.monotonic() + 3.0]
