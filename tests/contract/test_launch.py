@@ -99,7 +99,8 @@ def test_workers_share_the_trials_of_a_study(storage: str, tmp_path: Path) -> No
 
 
 def test_a_killed_worker_is_started_again_and_its_trial_proposed_again(storage: str, tmp_path: Path) -> None:
-    launch = Launch(storage, tmp_path, ill=f"killed once:{tmp_path / 'killed'}")
+    # So long that the other worker has not done all by itself before this one is back.
+    launch = Launch(storage, tmp_path, trials=24, seconds=0.4, ill=f"killed once:{tmp_path / 'killed'}")
     assert launch.run() == exits.DONE
     assert sum(worker.restarts for worker in launch.workers) == 1
     states = launch.states()
@@ -238,7 +239,7 @@ def test_workers_killed_at_random_lose_nothing(storage: str, tmp_path: Path, mon
     monkeypatch.setattr("rank_search.launch.restarts.LONGEST_DELAY", 0.5)
     monkeypatch.setenv("RANK_SEARCH_TEST_LARGER", "40")  # else long runs would propose the same rank maps again
     rng = random.Random(0)
-    trials = 60 + 25 * KILLS  # so many that the last kill comes before the last trial
+    trials = 100 + 25 * KILLS  # so many that the last kill comes before the last trial
     launch = Launch(storage, tmp_path, workers=3, trials=trials, seconds=0.1)
     killed: list[int] = []
     due = [time.monotonic() + 3.0]
