@@ -17,21 +17,16 @@ A study is filled with trials of made-up losses on the shapes of SmolLM2-135M, a
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import platform
 import statistics
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
 from _browser import FIGURES, chromium, figure, serving
-from bench_service import NAME, add_trial, fill, open_study, search
+from bench_service import NAME, add_trial, filled, open_study, searching, tell
 
 from rank_search.dashboard.refreshing import Refreshing
 from rank_search.study.store import StudyStore
@@ -42,17 +37,9 @@ WAIT = 60_000.0
 
 def main() -> None:
     args = _arguments()
-    with contextlib.ExitStack() as opened:
-        folder = args.folder or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="rs-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{folder.resolve()}/study.db"
-        fill(url, args.trials)
+    with filled(args.folder, args.trials) as (url, _):
         row = {"trials": args.trials, **worker(url, args), **pages(url), "load": round(os.getloadavg()[0], 1)}
-    print(json.dumps(row, indent=1))
-    if args.json is not None:
-        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
-        told = {"environment": {"cores": os.cpu_count(), "python": platform.python_version()}, "rows": [*rows, row]}
-        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    tell(row, args.json)
 
 
 class Timed(Refreshing):
@@ -103,10 +90,8 @@ def pages(url: str) -> dict[str, Any]:
     """Seconds until pages are there, a search running beside."""
     with StudyStore(url) as store:
         trial = store.front(NAME).knee().trial
-    beside = Process(target=search, args=(url,), daemon=True)
-    beside.start()
     started = time.perf_counter()
-    with serving("dashboard", NAME, "--storage", url) as address, chromium() as browser:
+    with searching(url), serving("dashboard", NAME, "--storage", url) as address, chromium() as browser:
         ready = time.perf_counter() - started
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(WAIT)
@@ -135,7 +120,6 @@ def pages(url: str) -> dict[str, Any]:
         told |= {"answer_s": _seconds(lambda: ask(detail)), "answer_mb": round(size[0] / 2**20, 2)}
         later = f"{detail}?after={10**6}"  # as a page asks that knows all trials
         told |= {"later_answer_s": _seconds(lambda: ask(later)), "later_answer_mb": round(size[0] / 2**20, 2)}
-    beside.terminate()
     return told
 
 

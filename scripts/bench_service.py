@@ -26,18 +26,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Process
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-from _made_up import made_up_allocator
+from _made_up import facts_of, made_up_allocator
 
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import RankMap, RankSpace
 from rank_search.spec import parse_study
-from rank_search.study.facts import StudyFacts
 from rank_search.study.study import Study
 
 NAME, BLOCKS = "large", 30
@@ -48,20 +48,40 @@ MORE = 10**6
 
 def main() -> None:
     args = _arguments()
-    with contextlib.ExitStack() as opened:
-        folder = args.folder or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="rs-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{folder.resolve()}/study.db"
-        fill(url, args.trials)
-        beside = Process(target=search, args=(url,), daemon=True)
-        beside.start()
-        opened.callback(beside.terminate)
+    with filled(args.folder, args.trials) as (url, folder), searching(url):
         row = measure(url, folder, args)
+    tell(row, args.json)
+
+
+@contextlib.contextmanager
+def filled(folder: Path | None, trials: int) -> Iterator[tuple[str, Path]]:
+    """URL of a database with so many trials of the study, in a folder that stays, or else in one that does not."""
+    with contextlib.ExitStack() as opened:
+        where = folder or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="rs-")))
+        where.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{where.resolve()}/study.db"
+        fill(url, trials)
+        yield url, where
+
+
+@contextlib.contextmanager
+def searching(url: str) -> Iterator[None]:
+    """A process beside that adds a trial every second."""
+    beside = Process(target=search, args=(url,), daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        beside.terminate()
+
+
+def tell(row: dict[str, Any], file: Path | None) -> None:
+    """Print a row, and add it to those of a JSON file."""
     print(json.dumps(row, indent=1))
-    if args.json is not None:
-        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if args.json.exists() else []
+    if file is not None:
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
         told = {"environment": {"cores": os.cpu_count(), "python": platform.python_version()}, "rows": [*rows, row]}
-        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def open_study(url: str) -> tuple[Study, RankSpace]:
@@ -69,11 +89,7 @@ def open_study(url: str) -> tuple[Study, RankSpace]:
     allocator = made_up_allocator(BLOCKS)
     search = {"sampler": "random", "space": "multipliers", "trials": MORE}
     spec = parse_study({"name": NAME, "model": {"source": "org/none"}, "search": search}, where="bench")
-    facts = StudyFacts(
-        source="none", revision=None, weights_digest="none", shapes=allocator.space.shapes,
-        model_params=allocator.space.model_params, calibration_digest="", bank="",
-    )  # fmt: skip
-    return Study.open(spec, url, allocator, facts), allocator.space
+    return Study.open(spec, url, allocator, facts_of(allocator)), allocator.space
 
 
 def fill(url: str, trials: int) -> None:

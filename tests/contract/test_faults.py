@@ -413,6 +413,15 @@ def turns(storage: str, host: str, seconds: float = 60.0) -> Turns:
     return found
 
 
+def at_once(host: Callable[[str], None]) -> None:
+    """Three hosts do the same; each is given its name."""
+    threads = [threading.Thread(target=host, args=(f"host{number}",)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+
 def test_workers_of_one_host_need_no_turns() -> None:
     assert Turns.of("sqlite:///study.db", 60, Patience()) is None
 
@@ -429,11 +438,7 @@ def test_hosts_build_a_bank_once(own: str, tmp_path: Path) -> None:
 
         open_or_build(tmp_path, KEY, build, {}, lambda: waited.append(name), turns(own, name))  # type: ignore[arg-type]
 
-    threads = [threading.Thread(target=host, args=(f"host{number}",)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    at_once(host)
     assert len(built) == 1
     assert sorted(built + waited) == ["host0", "host1", "host2"]
     assert open_bank(tmp_path, KEY) is not None
@@ -459,11 +464,7 @@ def test_hosts_without_a_shared_folder_build_a_bank_once(own: str, tmp_path: Pat
         begun.wait(10)
         open_or_build(tmp_path / name, KEY, build, {}, on_wait, turns(own, name), remote)  # type: ignore[arg-type]
 
-    threads = [threading.Thread(target=host, args=(f"host{number}",)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    at_once(host)
     assert len(built) == 1
     assert sorted(built + waited) == ["host0", "host1", "host2"]
     assert len({bank_path(tmp_path / f"host{number}", KEY).read_bytes() for number in range(3)}) == 1
