@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def main() -> None:
             form.add_argument("--json", type=Path)
             form.add_argument("--blocks", type=int, default=64, help="calibration blocks")
             form.add_argument("--batch", type=int, default=1, help="blocks in a calibration batch")
+            form.add_argument("--gpu-memory", type=float, help="GiB: as if the GPU had no more")
         else:
             form.add_argument("--statistics-memory", type=float, default=18.0)
         form.add_argument("--storage", default="pivoted", choices=("pivoted", "two-factor"))
@@ -69,10 +70,10 @@ def main() -> None:
     _in_process(spawn, make_model, args)
     report: list[dict[str, Any]] = []
     for memory in args.statistics_memory:
-        rows = _in_process(spawn, measure, args, memory)
+        rows, seconds = _in_process(spawn, measure, args, memory)
         print(f"statistics memory: {memory}")
         print_table(rows)
-        report.append({"statistics_memory": memory, "steps": rows})
+        report.append({"statistics_memory": memory, "gpu_memory": args.gpu_memory, "seconds": seconds, "steps": rows})
     shape = {key: getattr(args, key) for key in ("layers", "hidden", "intermediate", "vocabulary", "length", "blocks")}
     if args.json:
         told = {"environment": environment(resolve_device("auto")), "model": shape, "runs": report}
@@ -157,8 +158,8 @@ def _own_memory() -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def measure(args: argparse.Namespace, memory: str) -> list[dict[str, object]]:
-    """Prepare a study on the model; a row for every step."""
+def measure(args: argparse.Namespace, memory: str) -> tuple[list[dict[str, object]], dict[str, float]]:
+    """Prepare a study on the model; a row for every step, and the seconds of each."""
     work = args.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     blocks = {"calibration_blocks": args.blocks, "train_blocks": 8, "validation_blocks": 8}
@@ -171,22 +172,21 @@ def measure(args: argparse.Namespace, memory: str) -> list[dict[str, object]]:
         "factors": {"anchor": args.anchor}, "run": run,
     }  # fmt: skip
     device = resolve_device("auto")
+    if args.gpu_memory is not None:
+        whole_gpu = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.gpu_memory * GIB / whole_gpu, device)
     peaks = Peaks(device)
     threading.Thread(target=peaks.watch, daemon=True).start()
     started = time.perf_counter()
     prepared = prepare(StudyFile(spec=parse_study(tables, where="the benchmark"), folder=args.folder), progress=peaks)
     peaks.change_to("end")
-    times = prepared.times
-    print(
-        f"{time.perf_counter() - started:.1f} s: load {times.load:.1f}, statistics {times.statistics:.1f}, "
-        f"decomposition {times.decomposition:.1f}, bank {times.bank:.1f}; free for a trial on {device}: "
-        f"{free_memory(device) / GIB:.1f} GiB"
-    )
+    seconds = {name: round(value, 1) for name, value in asdict(prepared.times).items()}
+    print(f"{time.perf_counter() - started:.1f} s: {seconds}; free for a trial: {free_memory(device) / GIB:.1f} GiB")
     whole = {
         "times": 1, "gpu_gib": max(row["gpu_gib"] for row in peaks.rows.values()),
         "host_gib": max(row["host_gib"] for row in peaks.rows.values()),
     }  # fmt: skip
-    return [{"step": title, **row} for title, row in {**peaks.rows, "all": whole}.items()]
+    return [{"step": title, **row} for title, row in {**peaks.rows, "all": whole}.items()], seconds
 
 
 def plan(args: argparse.Namespace) -> list[dict[str, object]]:

@@ -44,6 +44,7 @@ def main() -> None:
         write_report(  # after every row: what was measured outlasts an interrupt
             args.json, prepared.device, prepared.spec.name, rows,
             kept_of_targets=args.kept, own_steps=args.own_steps, spearman=_correlation(rows),
+            nested_seconds=round(prepared.times.nested, 3),
         )  # fmt: skip
     print_table(rows)
     print(f"Spearman's rank correlation: {_correlation(rows)}")

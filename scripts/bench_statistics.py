@@ -12,7 +12,8 @@ Each row is the closed form on factors from other statistics; docs/experiments.m
                             (after George et al., "Fast approximate natural gradient descent in a Kronecker-factored
                             eigenbasis", 2018)
     mean of the lost part   (W - Ŵ) E[x] added as a bias
-    anchor K                mean with the statistics of the model compressed to the kept fraction K
+    anchor K, ...           mean with the statistics of the model compressed to the kept fraction K, predicted rises by
+                            a power of measured slopes, factors by a share of a Newton step of one gain a layer
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ from rank_search.task import Examples
 
 Seen = Callable[[str, Tensor, Tensor], None]
 """Takes a layer's name, its inputs and the gradients at its outputs, both (sequences, tokens, d)."""
-ANCHORS = (0.9, 0.8, 0.6, 0.4)
-SLOPE_POWERS = (0.35, 0.5, 0.7, 1.0)
 POWERS = (-1.0, 1.0, 2.0)
+SETTINGS = (
+    *((kept, 0.0, 0.0) for kept in (0.9, 0.8, 0.6, 0.4)),
+    *((0.8, power, 0.0) for power in (0.35, 0.5, 0.7, 1.0)),
+    *((0.8, 0.5, step) for step in (0.1, 0.2, 0.35)),
+    *((0.9, 0.5, step) for step in (0.0, 0.2)),
+)
+"""Anchor, power of the slopes, share of the Newton step."""
 
 
 class Bench:
@@ -204,9 +210,9 @@ def ways(bench: Bench) -> Iterator[tuple[str, Callable[[], tuple[Mapping[str, Fa
     yield "sequences", lambda: (bench.factors(of_sequences(bench, plain)), None)
     yield "components", lambda: (by_components(bench, bench.factors(plain)), None)
     yield "mean of the lost part", lambda: (bench.factors(plain), means_of_inputs(bench))
-    for kept, power in (*((kept, 0.0) for kept in ANCHORS), *((0.8, power) for power in SLOPE_POWERS)):
-        spec = p.spec.factors.model_copy(update={"anchor": kept, "slope_power": power})
-        yield f"anchor {kept:g}, slopes {power:g}", lambda spec=spec: (bench.built(spec), None)
+    for kept, power, step in SETTINGS:
+        spec = p.spec.factors.model_copy(update={"anchor": kept, "slope_power": power, "gain_step": step})
+        yield f"anchor {kept:g}, slopes {power:g}, gains {step:g}", lambda spec=spec: (bench.built(spec), None)
 
 
 def main() -> None:

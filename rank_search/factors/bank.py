@@ -58,6 +58,8 @@ class BankKey:
     """Of what the compressed model was looked at on."""
     slope_power: float = 0.0
     """Of measured slopes over predicted ones, by which predicted rises were multiplied."""
+    gain_step: float = 0.0
+    """Of the Newton step by which every layer's factors were scaled."""
     tuned: str = ""
     """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
     format_version: int = FORMAT_VERSION
@@ -80,6 +82,7 @@ class BankKey:
             spec.damping, spec.seed, space.storage, tuple((shape.name, shape.m, shape.n) for shape in space.shapes),
             anchor=anchor, recalibration_digest=recalibration_digest if anchor < 1 else "",
             slope_power=spec.slope_power if spec.method == "kfac" and anchor < 1 else 0.0,
+            gain_step=spec.gain_step if spec.method == "kfac" and anchor < 1 else 0.0,
         )  # fmt: skip
 
     @property

@@ -18,7 +18,7 @@ from rank_search.factors.bank import Piece, tails
 from rank_search.factors.decompose import NEEDS, Factors, Needs, Roots, decompose
 from rank_search.factors.exchange import Exchange
 from rank_search.factors.groups import Group, Unit, in_groups, units
-from rank_search.factors.slopes import Slope, measured_slopes, own_slope, rise_factors
+from rank_search.factors.slopes import Measured, Slope, gain, measured_slopes, own_slope, rise_factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics, input_owners, mean_statistics
 from rank_search.model.device import free_memory, synchronize
 from rank_search.model.memory import in_halves_if_needed
@@ -74,8 +74,8 @@ class Build:
 
     With ``spec.anchor`` below 1 the statistics are the mean of those of the dense model and of one that is compressed
     to it: the rise of the loss from one model to the other is about the integral of its curvature between them, of
-    which this is the trapezoid rule. And predicted rises are multiplied by what the compressed model's slopes say
-    (:func:`rise_factors`).
+    which this is the trapezoid rule. Predicted rises are multiplied by what the compressed model's slopes say
+    (:func:`rise_factors`), and the factors by a gain each (:func:`gain`).
 
     Statistics are held for one group of target layers at a time. In the second round a group needs those of the dense
     model again, which are collected again rather than kept on disk. For a Llama of 7 billion parameters, 131 thousand
@@ -126,6 +126,7 @@ class Build:
         exchange, held = self._compressed(keep=len(groups) == 1)
         sigmas: dict[str, Tensor] = {}
         slopes: dict[str, Slope] = {}
+        gains: dict[str, float] = {}
         for group in groups:
             dense = held.pop() if held else self._dense(group)
             with exchange.compressed() as lost:
@@ -133,10 +134,15 @@ class Build:
                 with self._timing("statistics"):
                     at_anchor = self._collected(group, self.recalibration or self.calibration, self.spec.seed + 1)
                     mean = mean_statistics(dense, at_anchor)
-                for name, slope in measured.items():
-                    slopes[name] = Slope(slope, own_slope(mean[name], lost[name]))
+                for target in group if measured else ():
+                    name, found = target.name, measured[target.name]
+                    if found.lost is not None:
+                        slopes[name] = Slope(found.lost, own_slope(mean[name], lost[name]))
+                    if self.spec.gain_step:
+                        along = Slope(found.matrix, own_slope(mean[name], target.matrix.detach()))
+                        gains[name] = gain(along, self.spec.gain_step)
             for name, made in self._decomposed(group, mean.pop):
-                yield name, "out", made.out
+                yield name, "out", made.out * gains.get(name, 1.0)
                 yield name, "inn", made.inn
                 sigmas[name] = made.sigma
         types = {target.name: target.shape.group for target in self.targets}
@@ -171,14 +177,15 @@ class Build:
 
         return self._fitting(collect)
 
-    def _measured_slopes(self, group: Group, lost: Mapping[str, Tensor]) -> dict[str, float]:
-        if not (self.spec.slope_power and self._needs.inputs and self._needs.gradients):
+    def _measured_slopes(self, group: Group, lost: Mapping[str, Tensor]) -> dict[str, Measured]:
+        wanted = self.spec.slope_power or self.spec.gain_step
+        if not (wanted and self._needs.inputs and self._needs.gradients):
             return {}
         examples = self.recalibration or self.calibration
         # A slope is one number a layer; it needs fewer examples than a layer's second moments.
         half = examples[torch.arange((len(examples) + 1) // 2)]
 
-        def measure(batch_blocks: int) -> dict[str, float]:
+        def measure(batch_blocks: int) -> dict[str, Measured]:
             return measured_slopes(self.model, group, lost, half, batch_blocks=batch_blocks, progress=self.progress)
 
         with self._timing("statistics"):

@@ -5,6 +5,10 @@ layers that follow each other add up more often than they cancel. The slope of t
 ``d/ds L(W + s Δ)`` at s = 1, is one number that holds all of that, and a backward pass gives it for all layers at
 once: ``<∇L(Ŵ), Δ>`` with ``Δ = Ŵ − W``. What the layer's own curvature says it should be is ``<G Δ A, Δ>``; the
 quotient of the two tells how much more, or less, the layer matters than its predicted rise.
+
+The same gradient tells whether a layer's output should be larger or smaller than it is: ``<∇L(Ŵ), Ŵ>`` over
+``<G Ŵ A, Ŵ>`` is the Newton step of the one number that the whole matrix is multiplied by. By the layer's own curvature
+alone it would be zero, for what a truncation keeps is orthogonal to what it loses.
 """
 
 from __future__ import annotations
@@ -26,12 +30,24 @@ MOST = 4.0
 """A quotient counts as at most this, and as at least its inverse: a layer that lost little has a noisy one."""
 
 
+MOST_GAIN = 0.5
+"""The most that a Newton step may take from a matrix, or add to it, as a share of it, before it is shortened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Of the loss along one layer's lost part, nats per prediction: as measured, and as its own curvature has it."""
+    """Of the loss along one direction, nats per prediction: as measured, and as the layer's own curvature has it."""
 
     measured: float
     own: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Slopes of one layer, nats per prediction: along what it lost, None where it is dense, and along its matrix."""
+
+    lost: float | None
+    matrix: float
 
 
 def measured_slopes(
@@ -42,24 +58,30 @@ def measured_slopes(
     *,
     batch_blocks: int,
     progress: Progress = SILENT,
-) -> dict[str, float]:
-    """``<∇L, Δ>`` of every layer in ``lost`` (Δ by module name), on the labels of ``examples``.
+) -> dict[str, Measured]:
+    """``<∇L, Δ>`` and ``<∇L, Ŵ>`` of every target layer, on the labels of ``examples``.
+
+    Args:
+        lost: Δ by module name; layers that it has not are dense.
 
     Raises:
         NonFiniteLossError: the loss is not finite.
     """
-    chosen = [target for target in targets if target.name in lost]
-    if not chosen:
-        return {}
-    gradients = mean_gradients(model, chosen, examples, batch_blocks=batch_blocks, progress=progress)
-    return {name: _product(gradient, lost[name]) for name, gradient in gradients.items()}
+    gradients = mean_gradients(model, targets, examples, batch_blocks=batch_blocks, progress=progress)
+    return {
+        target.name: Measured(
+            _product(gradients[target.name], lost[target.name]) if target.name in lost else None,
+            _product(gradients[target.name], target.matrix.detach()),
+        )
+        for target in targets
+    }
 
 
-def own_slope(statistics: LayerStatistics, lost: Float[Tensor, "m n"]) -> float:
+def own_slope(statistics: LayerStatistics, along: Float[Tensor, "m n"]) -> float:
     """``<G Δ A, Δ>``: the slope at which a loss of this layer's curvature alone would rise."""
     assert statistics.A is not None
     assert statistics.G is not None
-    delta = lost.to(statistics.A.device, torch.float64)
+    delta = along.to(statistics.A.device, torch.float64)
     return _product(statistics.G @ delta @ statistics.A, delta)
 
 
@@ -83,6 +105,13 @@ def rise_factors(slopes: Mapping[str, Slope], groups: Mapping[str, str], power: 
         name: (_quotient([slopes[name]]) if name in slopes else of_group.get(group, every)) ** power
         for name, group in groups.items()
     }
+
+
+def gain(along_matrix: Slope, step: float) -> float:
+    """What to multiply a layer's matrix by: one, less ``step`` of the Newton step."""
+    if along_matrix.own <= 0:
+        return 1.0
+    return 1.0 - step * min(max(along_matrix.measured / along_matrix.own, -MOST_GAIN), MOST_GAIN)
 
 
 def _quotient(slopes: Sequence[Slope]) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from rank_search.data.examples import ExampleTable
 from rank_search.data.splits import Splits
-from rank_search.factors.slopes import Slope, measured_slopes, own_slope, rise_factors
+from rank_search.factors.slopes import MOST_GAIN, Slope, gain, measured_slopes, own_slope, rise_factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics, mean_statistics
 from rank_search.preparing import prepare
 from rank_search.spec import load_study_file
@@ -65,16 +65,19 @@ def test_slopes_are_the_derivatives_of_the_loss_along_what_is_lost(tiny_study: S
     lost = {t.name: 0.1 * torch.randn(t.shape.m, t.shape.n, generator=torch.Generator().manual_seed(i))
             for i, t in enumerate(made.targets[:4])}  # fmt: skip
     found = measured_slopes(made.model, made.targets, lost, examples, batch_blocks=4)
-    assert found.keys() == lost.keys()
+    assert found.keys() == {target.name for target in made.targets}
+    assert {name for name, slopes in found.items() if slopes.lost is not None} == lost.keys()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in made.model.parameters())
     for target in made.targets[:4]:
-        before, losses = target.matrix.clone(), []
-        for s in (-1e-2, 1e-2):
-            target.write(before + s * lost[target.name])
-            with torch.no_grad():
-                losses.append(float(examples.task.loss(made.model, examples.tensors)))
-        target.write(before)
-        assert found[target.name] == pytest.approx((losses[1] - losses[0]) / 2e-2, rel=2e-2, abs=2e-5)
+        before = target.matrix.clone()
+        for slope, along in ((found[target.name].lost, lost[target.name]), (found[target.name].matrix, before)):
+            losses = []
+            for s in (-1e-2, 1e-2):
+                target.write(before + s * along)
+                with torch.no_grad():
+                    losses.append(float(examples.task.loss(made.model, examples.tensors)))
+            target.write(before)
+            assert slope == pytest.approx((losses[1] - losses[0]) / 2e-2, rel=2e-2, abs=2e-5)
 
 
 def test_own_slope_is_twice_the_predicted_rise(tiny_study: StudyFactory) -> None:
@@ -102,6 +105,31 @@ def test_rises_are_multiplied_and_factors_stay(tiny_study: StudyFactory) -> None
         assert 0.499 < quotient[0] < 2.001  # the square root of a quarter, and of four
         quotients.add(round(float(quotient[0]), 6))
     assert len(quotients) > 1
+
+
+def test_gains_scale_the_factors_and_leave_their_order(tiny_study: StudyFactory) -> None:
+    plain, scaled = (
+        prepare(load_study_file(tiny_study(factors={"anchor": 0.5, "gain_step": step}))) for step in (0.0, 0.3)
+    )
+    found = set()
+    for target in plain.targets:
+        one, other = plain.bank[target.name], scaled.bank[target.name]
+        assert torch.equal(one.inn, other.inn)
+        assert torch.equal(one.sigma, other.sigma)
+        quotients = other.out / one.out
+        torch.testing.assert_close(quotients, quotients[:1, :1].expand_as(quotients))
+        assert 1 - 0.3 * MOST_GAIN - 1e-6 < quotients[0, 0] < 1 + 0.3 * MOST_GAIN + 1e-6
+        found.add(round(float(quotients[0, 0]), 6))
+    assert len(found) > 1
+
+
+def test_a_gain_goes_down_the_slope_and_is_bounded() -> None:
+    assert gain(Slope(0.2, 1.0), 0.5) == pytest.approx(0.9)
+    assert gain(Slope(-0.2, 1.0), 0.5) == pytest.approx(1.1)
+    assert gain(Slope(9.0, 1.0), 1.0) == 1 - MOST_GAIN
+    assert gain(Slope(-9.0, 1.0), 1.0) == 1 + MOST_GAIN
+    assert gain(Slope(0.2, 1.0), 0.0) == 1.0
+    assert gain(Slope(0.2, 0.0), 1.0) == 1.0  # a layer without curvature
 
 
 def test_layers_that_lost_nothing_count_as_their_type_does() -> None:

@@ -67,6 +67,7 @@ def test_every_method_makes_a_bank_of_every_family(family: str, method: Method, 
         {"factors": {"method": "whitened"}}, {"factors": {"damping": 1e-2}}, {"factors": {"seed": 1}},
         {"data": {"calibration_blocks": 7}}, {"targets": {"layers": "attention"}},
         {"targets": {"storage": "two-factor"}}, {"factors": {"anchor": 0.5}}, {"factors": {"slope_power": 0.0}},
+        {"factors": {"gain_step": 0.5}},
     ],
 )  # fmt: skip
 def test_what_changes_the_factors_makes_another_bank(

@@ -90,7 +90,8 @@ def test_another_process_finds_it(tmp_path: Path, processes: ForkServerContext) 
     [
         {"revision": "abc"}, {"weights_digest": "other"}, {"calibration_digest": "other"}, {"method": "svd"},
         {"damping": 1e-3}, {"seed": 1}, {"storage": "pivoted"}, {"layers": KEY.layers[:1]}, {"tuned": "nested"},
-        {"anchor": 0.6}, {"recalibration_digest": "other"}, {"slope_power": 0.25}, {"format_version": 99},
+        {"anchor": 0.6}, {"recalibration_digest": "other"}, {"slope_power": 0.25}, {"gain_step": 0.25},
+        {"format_version": 99},
     ],
 )  # fmt: skip
 def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> N
 
 
 def test_every_field_of_the_key_is_tested_above() -> None:
-    assert len(fields(BankKey)) == 13
+    assert len(fields(BankKey)) == 14
 
 
 def test_plain_svd_shares_its_bank_between_calibrations() -> None:
