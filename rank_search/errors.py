@@ -136,8 +136,12 @@ class DecompositionError(RankSearchError):
     """The factors of a layer could not be computed."""
 
     def __init__(self, layer: str, reason: str) -> None:
-        super().__init__(f"layer {layer}: {reason}")
+        super().__init__(layer, reason)  # what it is made of, so that it can go from one process to another
         self.layer = layer
+
+    def __str__(self) -> str:
+        layer, reason = self.args
+        return f"layer {layer}: {reason}"
 
 
 class BankError(RankSearchError):

@@ -185,7 +185,7 @@ class FactorSpec(Table):
     slope_power: Annotated[float, Field(ge=0, le=1)] = 0.5
     """On that compressed model, measure how fast the loss rises along what each layer lost, and multiply the layer's
     predicted rises by this power of what that is of its prediction (`kfac` alone). 0: leave them as they are."""
-    gain_step: Annotated[float, Field(ge=0, le=1)] = 0.0
+    gain_step: Annotated[float, Field(ge=0, le=1)] = 0.2
     """On that compressed model, measure whether each layer's output should be larger or smaller, and scale its factors
     by this share of a Newton step of that one number (`kfac` alone). 0: leave them as they are."""
 

@@ -293,7 +293,7 @@ def decomposed(
     *, progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Factors]]:  # fmt: skip
     """As :func:`factors_of`, one after the other, on the host."""
-    roots = Roots(spec.method, spec.damping)
+    roots = Roots(spec.method, spec.damping, progress)
     with progress.step("decomposition", len(targets)) as step:
         for target in targets:
             layer = statistics_of(target.name)

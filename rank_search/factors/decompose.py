@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rank_search.errors import DecompositionError
 from rank_search.factors.statistics import LayerStatistics
+from rank_search.progress import SILENT, Progress
 from rank_search.spec import Method
 
 Root = Tensor | None
@@ -54,6 +55,9 @@ NEEDS: dict[Method, Needs] = {
 }
 
 
+MOST_DAMPING = 0.1
+"""Sums of float32 products are exact to about 1e-7 of their largest eigenvalue, in wide layers thousands of times the
+mean diagonal at worst: a matrix that its damping leaves indefinite is damped ten times more, up to this."""
 _TINY = 1e-30
 """Stands for the scale of inputs that are zero in every calibration block."""
 
@@ -72,16 +76,17 @@ class Roots:
     ==========  ======================  =====================  ==================================================
     """
 
-    def __init__(self, method: Method, damping: float) -> None:
+    def __init__(self, method: Method, damping: float, progress: Progress = SILENT) -> None:
         self._method = method
         self._damping = damping
+        self._progress = progress
         self._last: tuple[Tensor, Tensor] | None = None
 
     def columns(self, name: str, statistics: LayerStatistics) -> Root:
         """L with ``L Lᵀ = A``.
 
         Raises:
-            DecompositionError: A is not positive definite.
+            DecompositionError: A is not finite, or not positive definite however it is damped.
         """
         A = statistics.A
         if self._method in {"svd", "fwsvd"} or A is None:
@@ -91,21 +96,42 @@ class Roots:
             # L is the paper's scaling (E|x|)^α itself, so that L Lᵀ is E|x|.
             return (statistics.mean_abs + self._damping * statistics.mean_abs.mean()).clamp(min=_TINY).sqrt()
         if self._last is None or self._last[0] is not A:
-            self._last = (A, _cholesky(name, "A", _damped(A, self._damping)))
+            self._last = (A, self._cholesky(name, "A", A))
         return self._last[1]
 
     def rows(self, name: str, statistics: LayerStatistics) -> Root:
         """R with ``R Rᵀ = G``.
 
         Raises:
-            DecompositionError: G is not positive definite.
+            DecompositionError: G is not finite, or not positive definite however it is damped.
         """
         G = statistics.G
         if self._method in {"svd", "whitened", "asvd"} or G is None:
             return None
         if self._method == "fwsvd":
             return _damped(G, self._damping).diagonal().sqrt()
-        return _cholesky(name, "G", _damped(G, self._damping))
+        return self._cholesky(name, "G", G)
+
+    def _cholesky(self, name: str, which: str, S: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+        """The root of the damped matrix; a damping that does not suffice is raised, and that is told."""
+        if not bool(torch.isfinite(S).all()):
+            raise DecompositionError(
+                name, f"its {which} holds values that are not finite: the model overflows on the calibration blocks"
+            )
+        damping = self._damping
+        while True:
+            root: Tensor
+            root, failed = torch.linalg.cholesky_ex(_damped(S, damping))
+            if not int(failed) and bool(torch.isfinite(root).all()):
+                break
+            if damping >= MOST_DAMPING:
+                raise DecompositionError(
+                    name, f"its {which} is not positive definite; raise factors.damping or calibrate on more text"
+                )
+            damping = min(10 * damping, MOST_DAMPING)
+        if damping > self._damping:
+            self._progress.say(f"layer {name}: its {which} needs a damping of {damping:g}")
+        return root
 
 
 def decompose(name: str, W: Float[Tensor, "m n"], columns: Root, rows: Root, max_rank: int) -> Factors:
@@ -154,16 +180,6 @@ def _damped(S: Float64[Tensor, "d d"], damping: float) -> Float64[Tensor, "d d"]
     # A layer that saw only zeros has no preferred direction.
     addend = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     return S + torch.diag(addend.expand(len(S)))
-
-
-def _cholesky(name: str, which: str, S: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
-    root: Tensor
-    root, failed = torch.linalg.cholesky_ex(S)
-    if int(failed) or not bool(torch.isfinite(root).all()):
-        raise DecompositionError(
-            name, f"its {which} is not positive definite; raise factors.damping or calibrate on more text"
-        )
-    return root
 
 
 def _apply_transposed(root: Root, W: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ GivenSeeds = Mapping[Seed, RankMap]
 
 
 def ladder(search: SearchSpec, allocator: Allocator) -> tuple[Seed, ...]:
-    """The seeds of a study: for each kept fraction of its ladder, each allocation of its seeds.
+    """The seeds of a study: for each allocation of its seeds, each kept fraction of its ladder.
+
+    The allocation that is named first has been measured over the whole range when the second one begins, so that a
+    study which ends early has a front of it.
 
     Raises:
         BudgetError: a kept fraction below what the smallest ranks need.
@@ -62,7 +65,7 @@ def ladder(search: SearchSpec, allocator: Allocator) -> tuple[Seed, ...]:
     kept = dict.fromkeys(search.ladder)
     for fraction in kept:
         allocator.space.budget(fraction)
-    return tuple(Seed(fraction, allocation) for fraction in kept for allocation in search.seeds)
+    return tuple(Seed(fraction, allocation) for allocation in search.seeds for fraction in kept)
 
 
 class SearchSpace(Protocol):

@@ -15,7 +15,7 @@ from rank_search.compress.low_rank import compressed
 from rank_search.factors.statistics import collect_statistics
 from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
-from rank_search.progress import Preempted, Progress, Step
+from rank_search.progress import Preempted, Step
 from rank_search.spec import FinetuneSpec, TargetSpec, load_study_file
 from rank_search.task import Batch, Examples
 from rank_search.train.capture import CapturedStep
@@ -24,6 +24,7 @@ from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 from tests.data import families, models
+from tests.data.heard import Heard
 
 pytestmark = pytest.mark.gpu
 
@@ -91,14 +92,6 @@ def test_labels_do_not_depend_on_how_many_blocks_make_a_batch() -> None:
         assert other is not None
         # Other labels would differ by far more than bf16's rounding.
         assert float((layer.G - other).norm() / layer.G.norm()) < 0.05, name
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 @pytest.mark.parametrize("train", ["factors", "all"])

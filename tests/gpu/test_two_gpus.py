@@ -10,26 +10,18 @@ from rank_search.factors.statistics import collect_statistics
 from rank_search.model.spread import devices_of, spread
 from rank_search.model.targets import find_targets
 from rank_search.preparing import Prepared, prepare
-from rank_search.progress import Progress
 from rank_search.spec import TargetSpec, load_study_file
 from rank_search.task import Examples
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 from tests.data import families, models
+from tests.data.heard import Heard
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
 ]
 BOTH = tuple(torch.device("cuda", number) for number in range(2))
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 def _prepared(tiny_study: StudyFactory, gpus: int, family: str = "llama", **finetune: object) -> Prepared:

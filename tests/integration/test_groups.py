@@ -15,22 +15,14 @@ from rank_search.factors.statistics import LayerStatistics, collect_statistics, 
 from rank_search.model import device
 from rank_search.model.targets import find_targets, rank_space
 from rank_search.preparing import prepare
-from rank_search.progress import Progress
 from rank_search.spec import FactorSpec, TargetSpec, load_study_file
 from rank_search.task import Examples
 from tests.conftest import StudyFactory
 from tests.data import models
+from tests.data.heard import Heard
 
 BLOCKS = torch.randint(models.VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0)).int()
 EXAMPLES = Examples.causal(BLOCKS)
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from rank_search.factors.bank import _tail
 from rank_search.factors.decompose import NEEDS, Factors, Root, Roots, decompose
 from rank_search.factors.statistics import LayerStatistics
 from rank_search.spec import Method
+from tests.data.heard import Heard
 from tests.data.matrices import KINDS, SHAPES, Kind, layer_statistics, weight
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -192,5 +194,28 @@ def test_a_matrix_that_is_not_finite_is_an_error_with_the_layers_name() -> None:
 
 def test_a_moment_that_is_not_finite_is_an_error_with_the_layers_name() -> None:
     broken = LayerStatistics(torch.full((8, 8), torch.nan, dtype=torch.float64), None)
-    with pytest.raises(DecompositionError, match=r"^layer layer: its A is not positive definite; raise"):
+    with pytest.raises(DecompositionError, match=r"^layer layer: its A holds values that are not finite") as raised:
         _factors("whitened", weight(6, 8), broken)
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copied), copied.layer) == (str(raised.value), "layer")
+
+
+def _with_least_eigenvalue(least: float) -> LayerStatistics:
+    """A of mean diagonal 1, as rounding of a large eigenvalue may leave it."""
+    vectors, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    values = torch.full((8,), (8 - least) / 7, dtype=torch.float64)
+    values[0] = least
+    return LayerStatistics((vectors * values) @ vectors.T, None)
+
+
+def test_a_damping_that_rounding_exceeds_is_raised_and_told() -> None:
+    said = Heard()
+    roots = Roots("whitened", 1e-4, said)
+    assert isinstance(roots.columns("mild", _with_least_eigenvalue(-5e-5)), torch.Tensor)
+    assert said.lines == []
+    root = roots.columns("layer", _with_least_eigenvalue(-5e-3))
+    assert root is not None
+    assert bool(torch.isfinite(root).all())
+    assert said.lines == ["layer layer: its A needs a damping of 0.01"]
+    with pytest.raises(DecompositionError, match=r"^layer worse: its A is not positive definite; raise"):
+        roots.columns("worse", _with_least_eigenvalue(-0.5))

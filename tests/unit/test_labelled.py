@@ -19,6 +19,7 @@ from rank_search.errors import DataError
 from rank_search.progress import SILENT, Progress
 from rank_search.spec import DataSpec
 from rank_search.task import IGNORED
+from tests.data.heard import Heard
 
 WORDS = [f"w{number}" for number in range(60)]
 LABELS = {"no": 0, "yes": 1}
@@ -100,18 +101,13 @@ def test_no_text_is_in_two_roles(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 
 
 def test_validation_texts_are_left_out_of_training(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    heard: list[str] = []
-
-    class Heard(Progress):
-        def say(self, message: str) -> None:
-            heard.append(message)
-
+    heard = Heard()
     train = _write(tmp_path / "a.jsonl", _rows(range(40)))
     own = _write(tmp_path / "b.jsonl", _rows(range(37, 47)))
-    splits = _splits(tmp_path, tokenizer, train=train, validation=own, progress=Heard())
+    splits = _splits(tmp_path, tokenizer, train=train, validation=own, progress=heard)
     assert (len(splits.calibration), len(splits.train), len(splits.validation)) == (4, 33, 10)
     assert not _texts(splits.validation) & (_texts(splits.train) | _texts(splits.calibration))
-    assert heard == ["3 examples of a.jsonl stand in b.jsonl: left out"]
+    assert heard.lines == ["3 examples of a.jsonl stand in b.jsonl: left out"]
 
 
 def test_the_test_examples_are_in_no_other_role(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
