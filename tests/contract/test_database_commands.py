@@ -16,6 +16,7 @@ from rank_search.study.schema import alembic_config, head
 from rank_search.study.store import StudyStore
 from rank_search.study.upgrading import upgrade
 from tests.contract.synthetic import open_study, run_trials
+from tests.contract.test_leases import elsewhere
 
 
 def execute(storage: str, statement: str) -> None:
@@ -70,6 +71,8 @@ def test_export_and_import_by_command(storage: str, tmp_path: Path, capsys: pyte
             (t.number, t.measurement) for t in there.trials("tiny")
         ]
     capsys.readouterr()
+    assert run_command(["db", "export", "nostudy", "-o", str(file), "--storage", storage]) == 2
+    assert capsys.readouterr().err.endswith("has no study 'nostudy'; known studies are tiny\n")
     assert run_command(["db", "import", str(file), "--storage", other]) == 2
     assert "has a study 'tiny' already" in capsys.readouterr().err
     assert run_command(["db", "import", str(tmp_path / "none"), "--storage", other]) == 2
@@ -94,6 +97,23 @@ def test_a_file_that_another_host_works_on_is_refused(storage: str, backend: str
     else:
         require_server(storage, "ray")
     refuse_other_hosts(storage, "tiny")
+
+
+def test_of_two_hosts_that_start_at_once_a_file_takes_one(storage: str, backend: str) -> None:
+    for host in ("first", "second"):
+        with elsewhere(host):
+            refuse_other_hosts(storage, "tiny")  # before either has opened the study
+    with elsewhere("first"):
+        first = open_study(storage, ladder=[0.5])
+    with elsewhere("second"):
+        if backend == "sqlite":
+            with pytest.raises(StorageError, match="a worker on host first, last heard of 0 s ago"):
+                open_study(storage, ladder=[0.5])
+        else:
+            open_study(storage, ladder=[0.5]).close()
+    with StudyStore(storage) as store:  # the second one has left nothing that would keep the first one out
+        assert [beat.worker.partition(":")[0] for beat in store.status("tiny").workers] == ["first"]
+    first.close()
 
 
 def test_a_database_that_is_not_there_yet_is_nobodys(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_worker_gives_up_when_its_patience_is_over(server: Server, own: str, t
         study.close()
     finally:
         server.start()
-    assert "could not be given back" in said[-1]
+    assert re.fullmatch(r"the result of trial 0 stays on disk .* when the study is opened next: database .*", said[-1])
     study = open_study(own, ladder=[0.5], spool=tmp_path)
     run_trials(study, 2)
     study.close()
@@ -383,7 +383,7 @@ def test_where_the_spool_is_full_too_the_result_waits_in_memory(
 
     def away(store: StudyStore, *arguments: object, **options: object) -> object:
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) <= 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
             raise UnavailableError("database or disk is full")
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -396,7 +396,8 @@ def test_where_the_spool_is_full_too_the_result_waits_in_memory(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     study.close()
-    assert "cannot be kept on disk either (File too large)" in said[0]
+    assert len(calls) == 3
+    assert ["cannot be kept on disk either (File too large)" in line for line in said].count(True) == 1
     assert list((tmp_path / "spool").iterdir()) == []  # no half a file
     nothing_lost(storage, 1)
 

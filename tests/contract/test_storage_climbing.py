@@ -19,6 +19,7 @@ from rank_search.ranks import RankMap
 from rank_search.study.records import State, TrialRecord
 from rank_search.study.store import StudyStore
 from rank_search.study.study import MAX_SKIPS, Proposal, Study
+from tests.contract.conftest import BACKENDS
 from tests.contract.synthetic import make_allocator, measure, open_study
 from tests.contract.test_storage_study import optuna_trials
 
@@ -26,6 +27,8 @@ CLIMBING: dict[str, Any] = {
     "fidelities": ["sliced", "tuned"], "sampler": "random", "multiplier_range": 3.0, "ladder": [0.9, 0.8, 0.6, 0.4],
 }  # fmt: skip
 TOP = 2
+ON_ONE = pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
+"""What is proposed, over rows that other tests find alike in every kind of database."""
 
 
 def losses(rank_map: RankMap) -> tuple[Measurement, ...]:
@@ -98,6 +101,7 @@ def test_pruned_trials_keep_what_was_measured_and_never_reach_the_front(storage:
         assert told.user_attrs["sliced loss"] == trial.measurement.loss
 
 
+@ON_ONE
 @pytest.mark.parametrize("sampler", ["fitted", "tpe", "nsga2", "mutation"])
 def test_every_sampler_lives_with_pruned_trials(storage: str, sampler: str) -> None:
     space = "direct" if sampler == "mutation" else "multipliers"
@@ -140,6 +144,7 @@ def _step(trial: int, rung: int, measured: Measurement) -> Any:
     return Step(trial, rung, measured.loss, measured.kept_of_targets, measured.num_params)
 
 
+@ON_ONE
 def test_at_the_end_no_pruned_trial_would_be_on_the_front_by_prediction(storage: str) -> None:
     study = open_study(storage, **CLIMBING)
     climb_all(study, 36)
@@ -284,6 +289,7 @@ def test_proposals_that_are_too_large_are_skipped(storage: str) -> None:
     assert skipped[0].reason.endswith(f"above search.max_params ({most:,})")
 
 
+@ON_ONE
 @pytest.mark.parametrize(
     ("sampler", "space"),
     [("fitted", "multipliers"), ("tpe", "multipliers"), ("random", "groups"), ("mutation", "direct")],
@@ -302,6 +308,7 @@ def test_four_of_five_proposals_lie_in_the_range_of_interest(storage: str, sampl
     assert 0.6 * len(inside) <= sum(inside) < len(inside)  # of 25 drawn with four in five
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_one_worker_repeats_a_climbing_study_trial_by_trial(storage: str) -> None:
     def rows(name: str, parts: tuple[int, ...]) -> list[tuple[Any, ...]]:
         for trials in parts:

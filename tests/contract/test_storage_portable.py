@@ -185,7 +185,7 @@ def dump_at(storage: str, version: str) -> bytes:
 
 
 def test_an_unknown_study_is_refused(storage: str) -> None:
-    with pytest.raises(StorageError, match="has no study 'tiny'"):
+    with pytest.raises(StorageError, match="has no study 'tiny'; it holds none yet"):
         dump_study(storage, "tiny")
 
 
@@ -208,7 +208,13 @@ FAULTS = {
     "UPDATE rank_search_studies SET spec_digest = 'x'": "digest",
     "UPDATE studies SET study_name = 'another'": "Optuna has no study of this name",
     "UPDATE trials SET number = 99 WHERE number = 3": "Optuna's trials have no number 3",
-}
+    "INSERT INTO trials (study_id, number, state) SELECT study_id, number, state FROM trials WHERE number = 3":
+        "Optuna has 2 trials of number 3",
+    "DELETE FROM rank_search_measurements WHERE trial = 1": "trial 1 is complete, but none of its rungs is stored",
+    "INSERT INTO rank_search_leases (study_id, trial, holder, attempt, acquired, renewed, expires) "
+    "SELECT study_id, number, worker, 1, started, started, started FROM rank_search_trials WHERE number = 2":
+        "trial 2 is complete, but there is a lease on it",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +243,7 @@ def test_the_checks_name_what_is_wrong(copied: str, statement: str) -> None:
 def test_the_checks_name_what_is_wrong_in_every_database(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rank_search.study.consistency.PAUSE_SECONDS", 0.0)
     fill(storage)
-    statements = list(FAULTS)[1:4]
+    statements = [*list(FAULTS)[1:4], *list(FAULTS)[-3:]]
     found = faults_after(storage, *statements)
     for statement in statements:
         assert any(FAULTS[statement] in line for line in found)

@@ -25,7 +25,7 @@ def test_eight_processes_on_an_empty_database_make_one_study(empty_storage: str,
         results = pool.starmap(worker_measures, [(empty_storage, 2)] * 8, chunksize=1)
     done = sorted(pair for result in results for pair in result)
     assert [number for number, _ in done] == list(range(16))
-    seeds = [f"{kind} {kept}" for kept in (0.9, 0.8, 0.6, 0.4) for kind in ("closed form", "uniform")]
+    seeds = [f"{kind} {kept}" for kind in ("closed form", "uniform") for kept in (0.9, 0.8, 0.6, 0.4)]
     assert [source for _, source in done] == seeds + ["fitted"] * 8
     with StudyStore(empty_storage) as store:
         assert store.studies() == ["tiny"]

@@ -94,9 +94,16 @@ def test_a_missing_driver_names_what_to_install(monkeypatch: pytest.MonkeyPatch)
         make_engine("postgresql://me@host/db")
 
 
-def test_an_unknown_kind_of_database_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["nosuch", "oracle", "mssql+pyodbc"])
+def test_an_unknown_kind_of_database_is_refused(kind: str) -> None:
+    with pytest.raises(StorageError, match=f"'{kind}' .*; give sqlite:///FILE, postgresql:// or mysql://") as error:
+        make_engine(f"{kind}://me:s3cret@host/db")
+    assert "s3cret" not in one_line(error)
+
+
+def test_an_unknown_driver_is_refused() -> None:
     with pytest.raises(StorageError, match="no known kind"):
-        make_engine("nosuch://host/db")
+        make_engine("postgresql+nosuch://host/db")
 
 
 def test_sqlite_readers_are_not_blocked_by_a_writer(tmp_path: Path) -> None:
