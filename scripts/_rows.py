@@ -141,13 +141,16 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], level: float | None) -> None:
 
 
 def _draw(axes: Axes, group: tuple[str, ...], rows: Sequence[Row], number: int) -> list[float]:
-    """Draw one curve; returns its perplexities. The package's own stand out by black and width."""
+    """Draw one curve, with bars from the smallest to the largest of a point's seeds; returns its perplexities. The
+    package's own stand out by black and width."""
     values = {kept: _perplexities([row for row in rows if row["kept"] == kept]) for kept in _fractions(rows)}
     x = [kept for kept, found in values.items() if found]
     y = [statistics.fmean(values[kept]) for kept in x]
+    below = [mean - min(values[kept]) for kept, mean in zip(x, y, strict=True)]
+    above = [max(values[kept]) - mean for kept, mean in zip(x, y, strict=True)]
     own = group[0] == "kfac"
     axes.errorbar(
-        x, y, yerr=[_spread(values[kept]) for kept in x], label=", ".join(dict.fromkeys(group[:3])),
+        x, y, yerr=[below, above], label=", ".join(dict.fromkeys(group[:3])),
         marker=_MARKERS[number % len(_MARKERS)], capsize=2, markersize=5, color="black" if own else f"C{number % 10}",
         linewidth=2 if own else 1.2, linestyle=_own_style(group) if own else "-", zorder=3 if own else 2,
     )  # fmt: skip

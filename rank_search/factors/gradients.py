@@ -44,7 +44,8 @@ def mean_gradients(
                 step.advance(len(batch["input_ids"]))
         if not math.isfinite(float(total)):
             raise NonFiniteLossError(f"the model's loss on the calibration blocks is {float(total)}")
-        return {target.name: _gradient(target) / predictions for target in targets}
+        count = int(predictions)  # a number: the model's layers may be on several devices
+        return {target.name: _gradient(target) / count for target in targets}
 
 
 def _gradient(target: Target) -> Float[Tensor, "m n"]:
