@@ -220,7 +220,9 @@ def _nested_banks(
             "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
             "range": drawn,
             "train": splits.train_digest,
-            **({"frozen": space.frozen} if space.frozen else {}),  # rank maps of the steps leave these as they are
+            # The rank maps of the steps leave these as they are, and have ranks of these multiples.
+            **({"frozen": space.frozen} if space.frozen else {}),
+            **({"multiple": space.multiple} if space.multiple > 1 else {}),
         }
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         key = dataclasses.replace(bank.key, tuned=tuned)

@@ -221,7 +221,7 @@ class FinetuneSpec(Table):
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
     train: Literal["factors", "all"] = "factors"
-    """Train the factors alone, or every parameter of the model along."""
+    """Train the factors alone, or every parameter of the model along; the nested fine-tune itself trains factors."""
     compiled: bool = True
     """On a GPU, compile the model's blocks around the target layers where the factors are trained alone: a step takes
     about half the time, the first one of a process up to 20 s more."""
@@ -230,6 +230,15 @@ class FinetuneSpec(Table):
     def _one_budget(self) -> FinetuneSpec:
         if self.tokens is not None and self.steps is not None:
             raise ValueError("give steps or tokens, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> FinetuneSpec:
+        if self.mode == "nested" and self.train == "all" and not self.steps and self.tokens is None:
+            raise ValueError(
+                "train = 'all' is for a trial's own steps, of which nested mode has none by itself; "
+                "give steps or leave train out"
+            )
         return self
 
     def at(self, kept: float, storage: Storage) -> FinetuneSpec:

@@ -74,6 +74,9 @@ class Roots:
     fwsvd       identity                diagonal of G          after FWSVD: Hsu et al., 2022 (row Fisher information)
     kfac        A                       G                      Martens and Grosse, 2015, as a metric for truncation
     ==========  ======================  =====================  ==================================================
+
+    The paper on FWSVD weighs a row by the sum of its weights' squared gradients, in which the inputs count, too; here a
+    row weighs what its output's squared gradient is.
     """
 
     def __init__(self, method: Method, damping: float, progress: Progress = SILENT) -> None:

@@ -125,6 +125,15 @@ def test_another_learning_rate_is_another_bank_and_own_steps_are_not(
     assert Evaluator(own).measure(own.allocator.closed_form(0.5)).fidelity == Fidelity.TUNED
 
 
+def test_multiples_of_ranks_share_the_bank_but_not_the_nested_fine_tune(
+    prepared: Prepared, tiny_study: StudyFactory
+) -> None:
+    other = prepare(load_study_file(tiny_study(finetune=NESTED, targets={"rank_multiple": 2})))
+    assert other.bank.key == prepared.bank.key
+    ours, theirs = ({bank.key.digest for bank in made.trial_banks.banks} for made in (prepared, other))
+    assert not ours & theirs
+
+
 def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
     draw = sampled_rank_maps(prepared.allocator, prepared.spec.search, (0.4, 0.6))
     space = prepared.space

@@ -67,6 +67,7 @@ def test_all_tables_are_read(tmp_path: Path) -> None:
         (LEAST + "[finetune]\nlearning_rate = nan\n", "finetune.learning_rate: "),
         (LEAST + "[finetune]\nlearning_rate = inf\n", "finetune.learning_rate: "),
         (LEAST + "[finetune]\nsteps = 5\ntokens = 5\n", "finetune: give steps or tokens, not both"),
+        (LEAST + '[finetune]\nmode = "nested"\ntrain = "all"\n', "finetune: train = 'all' is for a trial's own steps"),
         (LEAST + "[data]\ntrain_blocks = 4\n", "data.train_blocks (4) must be at least finetune.batch_blocks (8)"),
         (LEAST + '[run]\ndevice = "gpu"\n', "run.device: "),
         *(
