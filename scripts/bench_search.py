@@ -27,15 +27,11 @@ Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds
 Where --rows is a folder, calls of other competitors or seeds have files of their own in it, so that several may run at
 once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled.
 
-Sizes for SmolLM2-135M on one GPU of about 3 s for 30 steps. Everything, one process a seed, the three at once, each
-called again until all runs are done: about 65 minutes, nine calls.
+Sizes for SmolLM2-135M on an H200, about 2 s for a trial of 30 steps: 250 s a run make 100 GPU-minutes of everything. One
+process a GPU and a file of rows each, called again until all runs are done; a GPU that several share counts other seconds.
 
-    python scripts/bench_search.py STUDY.toml --rows rows/ --seeds 0 --gpu-seconds 400 --steps 30 --score-blocks 32
-
-A first table in about 15 minutes, two calls:
-
-    python scripts/bench_search.py STUDY.toml --rows first/ --seeds 0 --gpu-seconds 150 --steps 30 --score-blocks 32
-        --competitors svd-tpe,bank-tpe,ladder,study
+    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 250
+        --steps 30 --score-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]
 """
 
 from __future__ import annotations
