@@ -27,8 +27,8 @@ Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds
 Where --rows is a folder, calls of other competitors or seeds have files of their own in it, so that several may run at
 once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled.
 
-Sizes for SmolLM2-135M on an H200, about 2 s for a trial of 30 steps: 250 s a run make 100 GPU-minutes of everything. One
-process a GPU and a file of rows each, called again until all runs are done; a GPU that several share counts other seconds.
+Sizes for SmolLM2-135M on an H200, where a trial of 30 steps takes about 2 s: 250 s a run make 100 GPU-minutes of all.
+One process a GPU with a file of rows each, called again until all runs are done; seconds of a shared GPU are others.
 
     python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 250
         --steps 30 --score-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]

@@ -100,13 +100,13 @@ def _of_study(connection: Connection, metadata: MetaData, name: str) -> Iterator
     missing = sorted(set(range(max(theirs, default=-1) + 1)) - theirs.keys())
     if missing:
         yield f"Optuna's trials have no number {missing[0]}"
+    for number, count in _numbered_twice(connection, tables["trials"], optuna["study_id"]):
+        yield f"Optuna has {count} trials of number {number}"
     yield from _against_optuna(ours, theirs, _values(connection, tables, optuna["study_id"]))
     for number, row in ours.items():
         yield from (f"trial {number}: {what}" for what in _of_trial(row))
-    table = tables["rank_search_measurements"]
-    for trial in connection.scalars(select(table.c.trial).distinct().where(table.c.study_id == study["id"])):
-        if trial not in ours:
-            yield f"there is a measurement of trial {trial}, which is not there"
+    yield from _of_measurements(connection, tables["rank_search_measurements"], study["id"], ours)
+    yield from _of_leases(connection, tables["rank_search_leases"], study["id"], ours)
     yield from _of_front_rows(connection, tables["rank_search_front"], name, ours)
 
 
@@ -145,6 +145,24 @@ def _of_trial(row: dict[str, Any]) -> Iterator[str]:
         yield "it failed without a reason"
 
 
+def _of_measurements(connection: Connection, table: Table, study_id: int, trials: Rows) -> Iterator[str]:
+    measured = set(connection.scalars(select(table.c.trial).distinct().where(table.c.study_id == study_id)))
+    for trial in sorted(measured - trials.keys()):
+        yield f"there is a measurement of trial {trial}, which is not there"
+    for number, row in trials.items():
+        if row["state"] in MEASURED and number not in measured:
+            yield f"trial {number} is {row['state']}, but none of its rungs is stored as measured"
+
+
+def _of_leases(connection: Connection, table: Table, study_id: int, trials: Rows) -> Iterator[str]:
+    # One that was granted to a trial without a row outlives it for a while where its worker then skips it.
+    may_have_one = {State.RUNNING, State.SKIPPED}
+    for number in connection.scalars(select(table.c.trial).where(table.c.study_id == study_id).order_by(table.c.trial)):
+        row = trials.get(number)
+        if row is not None and row["state"] not in may_have_one:
+            yield f"trial {number} is {row['state']}, but there is a lease on it"
+
+
 def _of_front_rows(connection: Connection, table: Table, name: str, trials: Rows) -> Iterator[str]:
     for row in connection.execute(select(table).where(table.c.study == name)).mappings():
         trial = trials.get(row["trial"])
@@ -180,6 +198,14 @@ def _one(connection: Connection, table: Table, column: str, value: str) -> dict[
 def _trials(connection: Connection, table: Table, study_id: int) -> Rows:
     query = select(table).where(table.c.study_id == study_id).order_by(table.c.number)
     return {row["number"]: dict(row) for row in connection.execute(query).mappings()}
+
+
+def _numbered_twice(connection: Connection, table: Table, study_id: int) -> list[tuple[int, int]]:
+    """Numbers that several of a study's trials have, and how many."""
+    count = func.count()
+    query = select(table.c.number, count).where(table.c.study_id == study_id).group_by(table.c.number)
+    found = connection.execute(query.having(count > 1).order_by(table.c.number))
+    return [(number, times) for number, times in found]
 
 
 def _values(connection: Connection, tables: Any, study_id: int) -> dict[int, dict[int, float]]:

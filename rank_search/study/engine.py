@@ -198,11 +198,16 @@ def _enforce_foreign_keys(connection: DBAPIConnection, _record: object) -> None:
 plugins.register("rank_search_setup", __name__, "_Setup")
 
 
+_BACKENDS = ("sqlite", "postgresql", "mysql", "mariadb")
+"""What SQLAlchemy calls the kinds of database that are supported; MariaDB counts as MySQL."""
+
+
 def parse_url(text: str | URL) -> URL:
     """A database URL in the form that the engines use; ``postgresql://`` means psycopg, ``mysql://`` pymysql.
 
     Raises:
-        StorageError: not a database URL, or an SQLite database that two connections cannot share.
+        StorageError: not a database URL, one of an unsupported kind, or an SQLite database that two connections cannot
+            share.
     """
     try:
         url = make_url(text)
@@ -213,7 +218,11 @@ def parse_url(text: str | URL) -> URL:
         return url.set(drivername="postgresql+psycopg")
     if url.drivername in {"mysql", "mariadb"}:
         return url.set(drivername="mysql+pymysql")
-    if url.get_backend_name() == "sqlite" and (url.database or "").partition(":")[0] in {"", "file"}:
+    if (kind := url.get_backend_name()) not in _BACKENDS:
+        raise StorageError(
+            f"a database of kind {kind!r} is not supported; give sqlite:///FILE, postgresql:// or mysql:// ({_ADVICE})"
+        )
+    if kind == "sqlite" and (url.database or "").partition(":")[0] in {"", "file"}:
         raise StorageError(f"storage {url} is not an SQLite file; give one as sqlite:///study.db")
     return url
 

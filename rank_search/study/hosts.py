@@ -27,19 +27,29 @@ def refuse_other_hosts(storage: str | URL, name: str) -> None:
             return
     finally:
         engine.dispose()
-    here = WorkerId.current().host
     with StudyStore(storage) as store:
-        if name not in store.studies():
-            return
-        # Not by its trials: those of a host that is gone, such as a container by its random name, run forever.
-        beats = store.status(name).workers
+        if name in store.studies():
+            refuse_hosts_beside(store, name)
+
+
+def refuse_hosts_beside(store: StudyStore, name: str) -> None:
+    """As :func:`refuse_other_hosts`, for a study that is there.
+
+    Raises:
+        StorageError: naming the other host, or the database cannot be reached.
+    """
+    if sqlite_file(store.engine.url) is None:
+        return
+    here = WorkerId.current().host
+    # Not by its trials: those of a host that is gone, such as a container by its random name, run forever.
+    beats = store.status(name).workers
     others = {WorkerId.parse(beat.worker).host: beat.age for beat in beats if not beat.is_silent}
     others.pop(here, None)
     if others:
         host = min(others)
         raise StorageError(
             f"study {name!r} has a worker on host {host}, last heard of {others[host]:.0f} s ago, and an SQLite "
-            f"database is for one; {_WAY_OUT}"
+            f"database is for one; {_WAY_OUT}, or, where that worker has ended, wait for run.lease_seconds"
         )
 
 

@@ -24,6 +24,7 @@ from rank_search.errors import StorageError
 from rank_search.study.engine import make_engine, shown, translated
 from rank_search.study.rows import Row, has_study, insert_rows, rows_of, snapshot
 from rank_search.study.schema import alembic_config, check_schema, ensure_schema, exclusive, head, make_empty
+from rank_search.study.store import no_study
 
 KIND = "rank-search study"
 VERSION = 1
@@ -58,7 +59,7 @@ def dump_study(storage: str | URL, name: str) -> bytes:
         check_schema(engine)
         with translated(engine.url), snapshot(engine) as connection:
             if not has_study(connection, name):
-                raise StorageError(f"database {shown(engine.url)} has no study {name!r}")
+                raise no_study(connection, engine.url, name)
             return _packed(name, connection)
     finally:
         engine.dispose()

@@ -38,6 +38,7 @@ class Recovery:
 
     Args:
         sampler: source of proposals that name none.
+        replay: stores the results that are kept on disk.
         end_in_optuna: tells Optuna the end that a trial has in the project's tables.
     """
 
@@ -48,6 +49,7 @@ class Recovery:
     heartbeat: Heartbeat
     patience: Patience
     sampler: str
+    replay: Callable[[], None]
     end_in_optuna: Callable[[TrialRecord], None]
     _cut_off: set[int] = field(default_factory=set)
     _outages: int = 0
@@ -70,9 +72,10 @@ class Recovery:
     def reconcile(self) -> None:
         """Make Optuna and the project's tables agree, and propose again what nobody works on any more.
 
-        Optuna is told every stored end of a trial that it still takes for running. A running trial whose worker is
-        gone is proposed again, :data:`MAX_REQUEUES` times at most.
+        Results that are kept on disk are stored first. Optuna is told every stored end of a trial that it still takes
+        for running. A running trial whose worker is gone is proposed again, :data:`MAX_REQUEUES` times at most.
         """
+        self.replay()
         with exclusive(self.store.engine):
             leases = self.leases.of_study(self.name)
             of_trials = {lease.trial: lease for lease in leases if lease.trial is not None}

@@ -92,20 +92,17 @@ def exclusive(engine: Engine) -> Iterator[None]:
     A file lock beside an SQLite file; a session's advisory lock on PostgreSQL, a named lock on MySQL.
 
     Raises:
-        StorageError: another process held it for :data:`LOCK_SECONDS`, or the database has no such lock.
+        StorageError: another process held it for :data:`LOCK_SECONDS`.
     """
     file = sqlite_file(engine.url)
     if file is not None:
         with _file_lock(file):
             yield
         return
-    backend = engine.url.get_backend_name()
-    if backend == "postgresql":
+    if engine.url.get_backend_name() == "postgresql":
         take, give = f"SELECT pg_try_advisory_lock({_LOCK_KEY})", f"SELECT pg_advisory_unlock({_LOCK_KEY})"
-    elif backend in {"mysql", "mariadb"}:
-        take, give = f"SELECT GET_LOCK('{_LOCK_NAME}', 0)", f"SELECT RELEASE_LOCK('{_LOCK_NAME}')"
     else:
-        raise StorageError(f"database {shown(engine.url)} is not supported; use SQLite, PostgreSQL or MySQL")
+        take, give = f"SELECT GET_LOCK('{_LOCK_NAME}', 0)", f"SELECT RELEASE_LOCK('{_LOCK_NAME}')"
     with (
         translated(engine.url),
         engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,

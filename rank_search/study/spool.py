@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rank_search.atomic import write_atomically
-from rank_search.errors import RankSearchError
+from rank_search.errors import RankSearchError, one_line
 from rank_search.measurement import Fidelity, Measurement
 
 _VERSION = 1
@@ -60,11 +60,21 @@ class Spool:
         _sync(self._folder)
         return path
 
-    def results(self) -> Iterator[tuple[Path, Spooled]]:
-        """All results, the lowest trial first; files that are none, or of another version, are left alone."""
+    def results(self, on_damaged: Callable[[Path, str], object]) -> Iterator[tuple[Path, Spooled]]:
+        """All results, the lowest trial first.
+
+        Args:
+            on_damaged: takes a file that is none, or of another version, and why with the way out; it is left alone.
+        """
         found = []
         for path in self._folder.glob(f"{self._study}.*.json") if self._folder.is_dir() else ():
-            result = _read(path, self._study)
+            try:
+                result = _read(path, self._study)
+            except FileNotFoundError:
+                continue  # another worker has stored it since
+            except _DamagedError as error:
+                on_damaged(path, str(error))
+                continue
             if result is not None:
                 found.append((path, result))
         yield from sorted(found, key=lambda pair: pair[1].number)
@@ -77,19 +87,38 @@ def _plain(result: Spooled) -> dict[str, Any]:
     return {**told, "measurement": measured}
 
 
+class _DamagedError(Exception):
+    """A file that holds no result; says why, and the way out."""
+
+
 def _read(path: Path, study: str) -> Spooled | None:
+    """The result that a file holds; None where it is another study's whose name begins alike.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+        _DamagedError: it holds none, or cannot be read.
+    """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        if told.pop("version") != _VERSION or told.pop("study") != study:
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _DamagedError(f"it cannot be read ({error.strerror or error}); make it readable") from None
+    except ValueError:
+        raise _DamagedError("it is no JSON; delete it") from None
+    try:
+        if told.pop("study") != study:
             return None
+        if (version := told.pop("version")) != _VERSION:
+            raise _DamagedError(f"it is of version {version}, not {_VERSION}; use the rank-search that wrote it")
         measured = told.pop("measurement")
         for name, value in measured.items():
             if isinstance(value, list):
                 measured[name] = tuple(value)
         measured["fidelity"] = Fidelity.from_label(measured["fidelity"])
         return Spooled(**told, measurement=Measurement(**measured))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RankSearchError):
-        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RankSearchError) as error:
+        raise _DamagedError(f"its fields are not those of one ({one_line(error)}); delete it") from None
 
 
 def _sync(folder: Path) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Engine, Select, and_, case, func, literal, select
+from sqlalchemy import Connection, Engine, Select, and_, case, func, literal, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
@@ -167,7 +167,7 @@ class StudyStore:
         with self._read() as session:
             rows = session.execute(query).all()
             if not rows:
-                raise self._no_study(session, name)
+                raise no_study(session, self.engine.url, name)
             counts = {state: count for state, count, _ in rows}
             finished = sum(counts.get(state, 0) for state in FINISHED)
             return Effort(finished, counts.get(State.RUNNING, 0), float(rows[0][2] or 0.0))
@@ -449,20 +449,22 @@ class StudyStore:
         query = select(StudyRow.id).where(StudyRow.name == name)
         found = session.scalar(query.with_for_update() if lock else query)
         if found is None:
-            raise self._no_study(session, name)
+            raise no_study(session, self.engine.url, name)
         return StudyKey(found, name)
 
     def _study_row(self, session: Session, name: str, *, lock: bool = False) -> StudyRow:
         query = select(StudyRow).where(StudyRow.name == name)
         row = session.scalar(query.with_for_update() if lock else query)
         if row is None:
-            raise self._no_study(session, name)
+            raise no_study(session, self.engine.url, name)
         return row
 
-    def _no_study(self, session: Session, name: str) -> StorageError:
-        names = list(session.scalars(select(StudyRow.name).order_by(StudyRow.name)))
-        known = f"known studies are {', '.join(names)}" if names else "it holds none yet"
-        return StorageError(f"database {shown(self.engine.url)} has no study {name!r}; {known}")
+
+def no_study(session: Session | Connection, url: URL, name: str) -> StorageError:
+    """The error of a study that is not in the database, with those that are."""
+    names = list(session.scalars(select(StudyRow.name).order_by(StudyRow.name)))
+    known = f"known studies are {', '.join(names)}" if names else "it holds none yet"
+    return StorageError(f"database {shown(url)} has no study {name!r}; {known}")
 
 
 def _counts(session: Session, study: StudyRow) -> dict[State, int]:

@@ -13,7 +13,6 @@ from rank_search.climbing import Climbs, Step, paired_error
 from rank_search.errors import (
     CrowdedError,
     ExhaustedError,
-    LeaseLostError,
     StorageError,
     StudyMismatchError,
     UnavailableError,
@@ -27,6 +26,7 @@ from rank_search.study.engine import make_engine, parse_url
 from rank_search.study.evidence import Evidence
 from rank_search.study.facts import StudyFacts
 from rank_search.study.heartbeat import Heartbeat
+from rank_search.study.hosts import refuse_hosts_beside
 from rank_search.study.leases import Leases
 from rank_search.study.liveness import WorkerId
 from rank_search.study.mutation import rank_map_text
@@ -38,8 +38,9 @@ from rank_search.study.requests import Action, asked_of_workers, mark_taken
 from rank_search.study.samplers import check_sampler
 from rank_search.study.schema import ensure_schema, exclusive
 from rank_search.study.space import GivenSeeds, SearchSpace, Seed, ladder, make_space, random_params
-from rank_search.study.spool import Spool, Spooled
+from rank_search.study.spool import Spool
 from rank_search.study.store import StudyStore, find_study
+from rank_search.study.storing import Storing
 from rank_search.study.telling import Telling, objectives
 from rank_search.study.warm_start import Carried
 
@@ -101,15 +102,15 @@ class Study:
         self._optuna = optuna_study
         self._worker = str(WorkerId.current())
         self._patience = patience
-        self._spool = spool
         self._leases = Leases(store.engine, self._worker, spec.run.lease_seconds)
         self._heartbeat = Heartbeat(
             store.engine, self._worker, spec.run.lease_seconds, lambda leases: leases.renew(spec.name)
         )
         self._telling = Telling(spec.name, spec.search, allocator, store, optuna_study)
+        self._storing = Storing(spec.name, self._worker, store, patience, self._telling.missed, spool)
         self._recovery = Recovery(
             spec.name, store, optuna_study, self._leases, self._heartbeat, patience, spec.search.sampler,
-            self._telling.end,
+            self._storing.replay, self._telling.end,
         )  # fmt: skip
         self._climbs = Climbs()
         self._last_step = 0
@@ -131,7 +132,8 @@ class Study:
             BudgetError: the ladder or the range of kept fractions cannot be met; nothing was made.
             StudyFileError: a sampler or a ladder that does not suit the space; nothing was made.
             StudyMismatchError: the stored study has another meaning or other facts; names the first field.
-            StorageError: the database cannot be reached, written or understood.
+            StorageError: the database cannot be reached, written or understood, or is an SQLite file that another
+                host's workers are at.
         """
         check_sampler(spec.search)
         space, seeds = make_space(spec.search, allocator), ladder(spec.search, allocator)
@@ -161,12 +163,18 @@ class Study:
                 optuna_study = OptunaStudy(store.engine.url, spec.search, spec.name, space, seeds, evidence)
                 opened.enter_context(closing(optuna_study))
                 optuna_study.prepare(spec.digest, given)
-            study = cls(spec, allocator, space, store, optuna_study, patience, spool)
-            study._leases.join(spec.name)
-            study._replay()
+                study = cls(spec, allocator, space, store, optuna_study, patience, spool)
+                opened.pop_all()
+                opened.callback(study.close)
+                study._leases.join(spec.name)
+                try:
+                    refuse_hosts_beside(store, spec.name)  # of two that start at once, the lock lets one be first
+                except StorageError:
+                    study._leases.leave(spec.name)  # before the next one looks
+                    raise
             study.reconcile()
             study._heartbeat.start()
-            opened.pop_all()  # all went well: they stay open
+            opened.pop_all()  # all went well: it stays open
         return study
 
     def ask(self, left: int | None = None) -> Proposal:
@@ -244,26 +252,7 @@ class Study:
         """
         objectives(measurement)
         missed = self._telling.missed(measurement)
-        spooled: list[Path] = []
-
-        def complete() -> Measurement:
-            try:
-                return self._store.complete_trial(
-                    self.name, proposal.number, measurement, rung=rung, infeasible=missed
-                )  # fmt: skip
-            except LeaseLostError:
-                raise
-            except StorageError:
-                if not spooled:
-                    spooled.extend(self._keep(proposal, rung, measurement))
-                raise
-
-        try:
-            stored = self._patience.keep_trying(complete)
-        except LeaseLostError:
-            _remove(spooled)
-            raise
-        _remove(spooled)
+        stored = self._storing.complete(proposal.number, proposal.rank_map.digest, rung, measurement)
         self._patience.keep_trying(
             lambda: self._telling.complete(proposal.number, proposal.rank_map, proposal.source, stored)
         )
@@ -277,17 +266,25 @@ class Study:
     def requeue(self, proposal: Proposal, death: str | None = None) -> None:
         """Give a proposal back unmeasured, to be proposed again under another number; it does not count as tried.
 
-        Where the database is away, the trial's lease is left to run out.
+        A trial that ended just before is not given back: Optuna is told how. Nor is one whose result is on disk: it is
+        stored, or the trial is left as it is until it can be. Where the database is away, the trial's lease is left to
+        run out.
 
         Args:
             death: what this worker dies of; then the proposal counts as one that a worker died over.
         """
         try:
+            if not self._storing.complete_kept(proposal.number):
+                return
+            row = self._store.trial(self.name, proposal.number)
+            if row is not None and row.state is not State.RUNNING:
+                self._telling.end(row)
+                return
             trial = self._optuna.trial(proposal.number)
             if trial.state.is_finished():
                 return
             if death is not None:
-                self._recovery.bury(trial, death, self._store.trial(self.name, proposal.number))
+                self._recovery.bury(trial, death, row)
                 return
             self._recovery.propose_again(trial, trial.user_attrs.get("deaths", 0), "interrupted")
             self._store.requeue_trial(self.name, proposal.number, "interrupted")
@@ -376,38 +373,6 @@ class Study:
         """As :meth:`Recovery.reconcile`; done at opening, and between trials where somebody is gone."""
         self._recovery.reconcile()
 
-    # Spooling
-
-    def _keep(self, proposal: Proposal, rung: int, measurement: Measurement) -> list[Path]:
-        """Spool a result; tell where, or say that it cannot be."""
-        if self._spool is None:
-            return []
-        result = Spooled(proposal.number, self._worker, proposal.rank_map.digest, rung, measurement)
-        try:
-            return [self._spool.keep(result)]
-        except OSError as error:
-            self._patience.say(
-                f"the result of trial {proposal.number} cannot be kept on disk either ({error.strerror or error}); "
-                "it is lost if this worker ends before the database is back"
-            )
-            return []
-
-    def _replay(self) -> None:
-        """Tell the database what it did not take before; what another database's trials gave is left alone."""
-        for path, result in self._spool.results() if self._spool is not None else ():
-            row = self._store.trial(self.name, result.number)
-            if row is None or row.worker != result.worker or row.rank_map.digest != result.rank_map_digest:
-                continue
-            measured = result.measurement
-            try:
-                self._store.complete_trial(
-                    self.name, result.number, measured, rung=result.rung, infeasible=self._telling.missed(measured)
-                )
-                self._patience.say(f"stored the result of trial {result.number}, which was kept on disk")
-            except LeaseLostError as error:
-                self._patience.say(f"dropped a result that was kept on disk: {error}")
-            _remove([path])
-
     # Proposing
 
     def _begin(self, claim: Claim, rank_map: RankMap, *, may_refuse: bool) -> TrialRecord:
@@ -472,11 +437,6 @@ def given_seeds(spec: StudySpec, storage_url: str, allocator: Allocator) -> tupl
     if not seeds or find_study(storage_url, spec.name) is None:
         return seeds
     return () if OptunaStudy.is_seeded(parse_url(storage_url), spec.name) else seeds
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)  # another worker may have told it, too
 
 
 def _create_or_check(store: StudyStore, spec: StudySpec, facts: StudyFacts) -> None:

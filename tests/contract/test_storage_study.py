@@ -29,7 +29,7 @@ from tests.contract.synthetic import (
 
 LADDER: dict[str, Any] = {"ladder": [0.8, 0.5]}
 WAITING = optuna.trial.TrialState.WAITING
-SEEDS = ["closed form 0.8", "uniform 0.8", "closed form 0.5", "uniform 0.5"]
+SEEDS = ["closed form 0.8", "closed form 0.5", "uniform 0.8", "uniform 0.5"]
 
 
 def test_seeds_run_first_and_once(storage: str) -> None:
@@ -41,7 +41,7 @@ def test_seeds_run_first_and_once(storage: str) -> None:
     proposals = first + run_trials(study, 4)
     study.close()
     assert [proposal.source for proposal in proposals] == [*SEEDS, "fitted", "fitted"]
-    wanted = [rank_map for kept in (0.8, 0.5) for rank_map in (allocator.closed_form(kept), allocator.uniform(kept))]
+    wanted = [allocate(kept) for allocate in (allocator.closed_form, allocator.uniform) for kept in (0.8, 0.5)]
     assert [proposal.rank_map for proposal in proposals[:4]] == wanted
 
 
