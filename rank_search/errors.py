@@ -95,7 +95,7 @@ class StorageError(InputError):
 
 
 class UnavailableError(StorageError):
-    """The database cannot be reached or has no room; that may pass by itself."""
+    """The database cannot be reached, has no room or is held by another process; that may pass by itself."""
 
 
 class CrowdedError(UnavailableError):

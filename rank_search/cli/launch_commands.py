@@ -56,14 +56,18 @@ def launch(
     from rank_search.cli.tables import print_front
     from rank_search.launch import exits
     from rank_search.launch.launching import launch as launch_workers
+    from rank_search.launch.log_streams import drop_unwritable
 
+    drop_unwritable("stderr")  # which may go to a full disk, and workers are not to end with it
+    left: list[str] = []
     with LaunchBoard(load_study_file(study).spec.name) as board:
         code = launch_workers(
             study, board, storage=storage, trials=trials, workers=_count(workers), gpus_per_worker=gpus_per_worker,
             on=on, options=key_values(option or []), grace=grace, detach=detach,
+            on_leaving=left.append,
         )  # fmt: skip
-    if detach:
-        typer.echo(f"workers submitted; `rank-search status {study}` shows how far the study is")
+    if left:
+        typer.echo(left[0])
     elif code == exits.DONE:
         print_front(api.view(study, storage=storage))
     elif code == exits.PREEMPTED:
@@ -78,8 +82,10 @@ def worker(
 ) -> None:
     """Join a study by hand with one worker; exit code 0: done, 69: database, 75: stopped, 78: wrong configuration."""
     from rank_search.launch import exits
+    from rank_search.launch.log_streams import drop_unwritable
     from rank_search.launch.worker import run_worker, study_file
 
+    drop_unwritable("stdout", "stderr")
     try:
         file = study_file(study, storage)
         quiet_libraries()

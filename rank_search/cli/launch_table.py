@@ -35,6 +35,7 @@ class LaunchBoard:
         self._told = time.monotonic()
         self._states: dict[str, tuple[str, int]] = {}
         self._trouble = ""
+        self._engine_trouble = ""
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -103,6 +104,11 @@ class LaunchBoard:
         if view.trouble != self._trouble:
             self._trouble = view.trouble
             news.append(view.trouble or "the database answers again")
+        if view.engine_trouble != self._engine_trouble:
+            self._engine_trouble = view.engine_trouble
+            news.append(
+                f"{view.engine_trouble}; the workers go on" if view.engine_trouble else "the engine answers again"
+            )
         return news
 
 

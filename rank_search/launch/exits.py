@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from rank_search.errors import InputError, RankSearchError, StorageError
+from rank_search.errors import InputError, RankSearchError, UnavailableError
 
 DONE = 0
 """The study has its trials."""
 UNAVAILABLE = 69
-"""The database could not be reached or refused something: worth another try, later."""
+"""The database could not be reached or had no room: worth another try, later."""
 PREEMPTED = 75
-"""Asked to stop; its trial is stored or waits to be proposed again: start the worker again."""
+"""Asked to stop, or something beside the trials failed that may pass; its trial is stored or waits to be proposed
+again: start the worker again."""
 CONFIGURATION = 78
-"""What the user gave is wrong: another try would end the same way."""
+"""What the user gave is wrong, the database's URL too: another try would end the same way."""
+PASSING = frozenset({UNAVAILABLE, PREEMPTED})
+"""Ends that are not the worker's fault."""
 
 
 def exit_code(error: RankSearchError) -> int:
     """The exit code of a worker that ends with ``error``."""
-    if isinstance(error, StorageError):
+    if isinstance(error, UnavailableError):
         return UNAVAILABLE
     return CONFIGURATION if isinstance(error, InputError) else error.exit_code

@@ -6,6 +6,7 @@ at a time, the first that came first.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -97,15 +98,21 @@ class ServiceFleet:
             while not self._ending:
                 try:
                     self._tick()
-                    self._trouble = ""
+                    trouble = next((launcher.trouble for _, launcher in self._running.values() if launcher.trouble), "")
                 except InputError as error:  # of the database or the engine: workers that are there go on
-                    if str(error) != self._trouble:
-                        self._trouble = str(error)
-                        print(f"rank-search: {error}", file=sys.stderr, flush=True)
+                    trouble = str(error)
+                self._tell(trouble)
                 self._wake.wait(TICK_SECONDS)
                 self._wake.clear()
         finally:
             self._end()
+
+    def _tell(self, trouble: str) -> None:
+        """Say once what is amiss, where it can be said: a full disk must not end the workers."""
+        if trouble and trouble != self._trouble:
+            with contextlib.suppress(OSError):
+                print(f"rank-search: {trouble}", file=sys.stderr, flush=True)
+        self._trouble = trouble
 
     def _tick(self) -> None:
         with StudyStore(self._storage) as store:

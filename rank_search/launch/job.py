@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rank_search.errors import BudgetError
+
+LONGEST_GRACE = 86_400
+"""Seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -22,6 +27,7 @@ class Job:
         gpus_per_worker: GPUs that each worker sees and, unless the study file says otherwise, spreads the model over;
             None: one where there are GPUs, else none.
         grace: seconds that a worker which is asked to stop may take to finish its trial.
+        patience: seconds that workers are started again for while the database is away.
     """
 
     study: Path
@@ -32,6 +38,7 @@ class Job:
     workers: int | None = None
     gpus_per_worker: int | None = None
     grace: float = 30.0
+    patience: float = 1800.0
 
     def command(self, study: str | None = None, python: str = sys.executable) -> tuple[str, ...]:
         """The command line of a worker; its database is in the environment, for command lines are there to be read.
@@ -75,8 +82,24 @@ class Worker:
         return self.state in {"done", "stopped", "given up"}
 
 
+def check_grace(grace: float) -> None:
+    """Refuse a grace time that no timer takes.
+
+    Raises:
+        BudgetError: it is negative, longer than a day, or no number.
+    """
+    if not 0 <= grace <= LONGEST_GRACE:
+        raise BudgetError(f"--grace must be from 0 to {LONGEST_GRACE} seconds, not {grace:g}")
+
+
 class Launcher(Protocol):
-    """An engine that keeps workers alive."""
+    """An engine that keeps workers alive.
+
+    Attributes:
+        trouble: why the engine tells nothing just now, or empty; its workers go on.
+    """
+
+    trouble: str
 
     def start(self) -> None:
         """Start all workers.
@@ -86,7 +109,9 @@ class Launcher(Protocol):
         """
 
     def workers(self) -> list[Worker]:
-        """All workers as they are now. Engines that leave restarting to their caller do it here."""
+        """All workers as they are now, or were when the engine last told. Engines that leave restarting to their caller
+        do it here.
+        """
 
     def stop(self) -> None:
         """Ask all workers to stop; the second time, to stop at once."""

@@ -19,6 +19,7 @@ from rank_search import api
 from rank_search.errors import CheckpointError, RankSearchError, StorageError, one_line
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.launch import exits
+from rank_search.launch.log_streams import drop_unwritable
 from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.launch.worker import QUIET, LogLines
 from rank_search.progress import SILENT, Preempted, Progress
@@ -133,6 +134,7 @@ def _renewed(store: StudyStore, claimed: Job) -> Iterator[None]:
 
 def main() -> int:
     """Do the jobs of the database in the environment and return an exit code."""
+    drop_unwritable("stdout", "stderr")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:

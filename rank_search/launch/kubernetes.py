@@ -6,11 +6,13 @@ The database's URL comes from a secret, mounted as a file; study and factor bank
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ from rank_search.launch.options import Options, parse_options
 
 POLL_SECONDS = 5.0
 """How often the cluster is asked."""
+_ANSWER_SECONDS = 10
+"""What is asked in mid-run must be answered so soon: signals wait for it."""
+_LONGEST_NAME = 63
+"""Characters of a label, and of a pod's host name."""
+_DIGITS = 6
+"""Of a digest, which tell two studies apart whose names Kubernetes would take for one."""
 SPARE_SECONDS = 30
 """What a pod gets beyond the grace time of its worker."""
 _USER = 10001
@@ -76,10 +84,12 @@ class KubernetesLauncher:
         self._options = options
         self._manifest = manifest(job, options, gpus)
         self._path = job.logs / f"{job.name}.job.yaml"
-        self._count = self._manifest["spec"]["completions"]
-        self._seen: list[Worker] = []
+        self._name = self._manifest["metadata"]["name"]
+        self._seen = self._all("not applied", "stopped")
         self._next = 0.0
         self._applied = False
+        self._stopping = False
+        self.trouble = ""
 
     @classmethod
     def of(cls, job: Job, options: Mapping[str, str], *, on_cpu: bool) -> KubernetesLauncher:
@@ -105,43 +115,74 @@ class KubernetesLauncher:
             self._remove_ended()
             self._kubectl("apply", "-f", str(self._path))
             self._applied = True
+            self._seen = self._all("", "waiting")
 
     def workers(self) -> list[Worker]:
-        """All workers as the cluster last told them."""
-        if not self._applied:
-            return [Worker(str(index), "not applied", "stopped") for index in range(self._count)]
-        if time.monotonic() >= self._next:
-            name = self._manifest["metadata"]["name"]
-            job = json.loads(self._kubectl("get", "job", name, "-o", "json"))
-            pods = json.loads(self._kubectl("get", "pods", "-l", f"batch.kubernetes.io/job-name={name}", "-o", "json"))
-            self._seen = workers_of(job, pods["items"], self._count)
+        """All workers as the cluster last told them; where it does not answer, they go on."""
+        if self._applied and time.monotonic() >= self._next:
+            try:
+                if self._stopping:
+                    self._delete()
+                else:
+                    self._look()
+                self.trouble = ""
+            except InputError as error:
+                self.trouble = str(error)
             self._next = time.monotonic() + POLL_SECONDS
         return self._seen
 
     def stop(self) -> None:
-        """Delete the job; its pods have their grace time."""
-        if self._applied:
-            self._kubectl("delete", "job", self._manifest["metadata"]["name"], "--wait=false", "--ignore-not-found")
-            self._applied = False
-            self._seen = []
+        """Delete the job, now or as soon as the cluster answers; its pods have their grace time."""
+        self._stopping = True
+        self._next = 0.0
+        self.workers()
 
     def kill(self) -> None:
-        """Delete the job if any of its workers has not ended."""
-        if any(not worker.has_ended for worker in self._seen):
-            self.stop()
+        """Delete the job if any of its workers has not ended; where that is not possible, say so."""
+        if all(worker.has_ended for worker in self._seen):
+            return
+        self.stop()
+        if self._applied:
+            command = f"kubectl --namespace {self._options.namespace} delete job {self._name}"
+            self.trouble = f"{self.trouble}; the job is still there, delete it with `{command}`"
+            self._applied = False
+            self._seen = self._all("", "stopped")
+
+    @property
+    def manifest_only(self) -> Path | None:
+        """The manifest's path, where it is only to be written."""
+        return None if self._options.apply else self._path
+
+    def _look(self) -> None:
+        asked = "-o", "json"
+        told = self._kubectl("get", "job", self._name, *asked, "--ignore-not-found", seconds=_ANSWER_SECONDS)
+        if not told.strip():
+            gone = "somebody has deleted the job"
+            self._seen = [w if w.has_ended else replace(w, state="given up", note=gone) for w in self._seen]
+            return
+        label = f"batch.kubernetes.io/job-name={self._name}"
+        pods = json.loads(self._kubectl("get", "pods", "-l", label, *asked, seconds=_ANSWER_SECONDS))
+        self._seen = workers_of(json.loads(told), pods["items"], len(self._seen))
+
+    def _delete(self) -> None:
+        self._kubectl("delete", "job", self._name, "--wait=false", "--ignore-not-found", seconds=_ANSWER_SECONDS)
+        self._applied = False
+        self._seen = self._all("", "stopped")
+
+    def _all(self, device: str, state: str) -> list[Worker]:
+        return [Worker(str(index), device, state) for index in range(self._manifest["spec"]["completions"])]
 
     def _remove_ended(self) -> None:
         """Remove the job of an earlier launch if it has ended: applied again, it would start nothing."""
-        name = self._manifest["metadata"]["name"]
-        told = self._kubectl("get", "job", name, "-o", "json", "--ignore-not-found")
+        told = self._kubectl("get", "job", self._name, "-o", "json", "--ignore-not-found")
         conditions = json.loads(told or "{}").get("status", {}).get("conditions", ())
         if any(one["type"] in {"Complete", "Failed"} and one["status"] == "True" for one in conditions):
-            self._kubectl("delete", "job", name)
+            self._kubectl("delete", "job", self._name)
 
-    def _kubectl(self, *arguments: str) -> str:
+    def _kubectl(self, *arguments: str, seconds: float = 60) -> str:
         command = ["kubectl", "--namespace", self._options.namespace, *arguments]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds).stdout
         except OSError as error:
             raise InputError(
                 f"kubectl cannot be run ({error.strerror or error}); apply {self._path} where it can"
@@ -149,7 +190,7 @@ class KubernetesLauncher:
         except subprocess.CalledProcessError as error:
             raise InputError(f"kubectl {arguments[0]}: {one_line(Exception(error.stderr))}") from None
         except subprocess.TimeoutExpired:
-            raise InputError(f"kubectl {arguments[0]} did not answer within 60 s; check the cluster") from None
+            raise InputError(f"kubectl {arguments[0]} did not answer within {seconds:g} s; check the cluster") from None
 
 
 def manifest(job: Job, options: KubernetesOptions, gpus: int) -> dict[str, Any]:
@@ -177,12 +218,13 @@ def manifest(job: Job, options: KubernetesOptions, gpus: int) -> dict[str, Any]:
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
-    labels = {"app.kubernetes.io/name": "rank-search", "app.kubernetes.io/instance": _dns(job.name)}
+    labels = {"app.kubernetes.io/name": "rank-search", "app.kubernetes.io/instance": _dns(job.name, _LONGEST_NAME)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": options.name or _dns(f"rank-search-{job.name}"),
+            # A pod's host name is the job's with its index.
+            "name": options.name or _dns(f"rank-search-{job.name}", _LONGEST_NAME - len(f"-{count - 1}")),
             "namespace": options.namespace,
             "labels": labels,
         },
@@ -288,6 +330,12 @@ def _indexes(text: str) -> set[int]:
     return found
 
 
-def _dns(name: str) -> str:
-    """A name as Kubernetes takes it: lower-case letters, digits and hyphens, 63 at most."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())[:63].strip("-")
+def _dns(name: str, longest: int) -> str:
+    """A name as Kubernetes takes it: lower-case letters, digits and hyphens. Another one only where it must be, and
+    then with digits of its digest.
+    """
+    made = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if made == name and len(made) <= longest:
+        return made
+    digits = hashlib.sha256(name.encode()).hexdigest()[:_DIGITS]
+    return f"{made[: longest - _DIGITS - 1].strip('-')}-{digits}".strip("-")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rank_search import api
 from rank_search.errors import BudgetError, DeviceError, InputError
 from rank_search.launch import exits
-from rank_search.launch.job import Job, Launcher
+from rank_search.launch.job import Job, Launcher, check_grace
 from rank_search.launch.supervisor import Board, Watch, supervise
 from rank_search.spec import StudyFile, load_study_file
 
@@ -29,6 +29,7 @@ def launch(
     options: Mapping[str, str] | None = None,
     grace: float = 30.0,
     detach: bool = False,
+    on_leaving: Callable[[str], object] = lambda _line: None,
 ) -> int:
     """Start workers on a study, watch over them until it has its trials, and return an exit code.
 
@@ -41,6 +42,7 @@ def launch(
         on: the engine, one of :data:`ENGINES`, with its options.
         grace: seconds that a worker which is asked to stop may take to finish its trial.
         detach: leave once a cluster has taken the workers on.
+        on_leaving: takes what was done, in one line, where nobody watches over the workers from here.
 
     Raises:
         InputError: the study file, the database, the devices or the engine's options; no worker was started.
@@ -54,8 +56,14 @@ def launch(
     wanted = trials or file.spec.search.trials
     watch = Watch(job, wanted)
     launcher = make_launcher(on, job, file, watch, options or {})
-    if detach:  # the database may be reachable from the cluster only; its workers make the tables, too
+    written = _manifest_only(launcher)
+    if detach or written is not None:
+        # The database may be reachable from the cluster only; its workers make the tables, too.
         launcher.start()
+        on_leaving(
+            f"workers submitted; `rank-search status {study}` shows how far the study is" if written is None
+            else f"wrote {written}; apply it with `kubectl apply -f {written}`"
+        )  # fmt: skip
         return exits.DONE
     _prepare_database(job, file, on)
     return supervise(launcher, job, watch, board)
@@ -74,8 +82,7 @@ def make_job(
     for name, value, least in (("workers", workers, 1), ("trials", trials, 1), ("gpus-per-worker", gpus_per_worker, 0)):
         if value is not None and value < least:
             raise BudgetError(f"--{name} must be at least {least}, not {value}")
-    if grace < 0:
-        raise BudgetError(f"--grace must be at least 0 seconds, not {grace:g}")
+    check_grace(grace)
     if file.spec.run.device.startswith("cuda:"):
         raise DeviceError(
             f"run.device = {file.spec.run.device!r} would put all workers on one GPU; say 'auto', 'cuda' or 'cpu'"
@@ -84,7 +91,7 @@ def make_job(
         gpus_per_worker = file.spec.run.gpus_per_model
     return Job(
         path, file.spec.name, api.storage_url(storage, file), file.work_dir / "logs", trials, workers, gpus_per_worker,
-        grace,
+        grace, file.spec.run.database_patience_seconds,
     )  # fmt: skip
 
 
@@ -117,6 +124,13 @@ def make_launcher(on: str, job: Job, file: StudyFile, watch: Watch, options: Map
             return KubernetesLauncher.of(job, options, on_cpu=file.spec.run.device == "cpu")
         case _:
             raise InputError(f"--on must be one of {', '.join(ENGINES)}, not {on!r}")
+
+
+def _manifest_only(launcher: Launcher) -> Path | None:
+    """What the engine writes, where it was asked to do nothing else."""
+    from rank_search.launch.kubernetes import KubernetesLauncher
+
+    return launcher.manifest_only if isinstance(launcher, KubernetesLauncher) else None
 
 
 def _prepare_database(job: Job, file: StudyFile, on: str) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +27,6 @@ from rank_search.launch.restarts import Restarts
 from rank_search.launch.stopping import SUPERVISOR_VARIABLE
 from rank_search.study.liveness import WorkerId
 
-_LOST = -1
-"""Stands for the exit code of a worker whose actor Ray could not keep alive."""
 _WAIT_SECONDS = 10.0
 _THREADS = 4
 """Of an actor: one runs the worker, others answer beside it."""
@@ -99,13 +97,14 @@ class WorkerActor:
 class _Actor:
     name: str
     log: Path
+    """Where its worker writes on the node it runs on."""
+    history: Restarts
     handle: Any = None
     running: Any = None
     """What Ray will return of the run under way."""
     asked: Any = None
     """What Ray will return of the question where it runs."""
     place: Place | None = None
-    history: Restarts = field(default_factory=Restarts)
     state: str = "waiting"
     due: float = 0.0
     exit_code: int | None = None
@@ -121,6 +120,8 @@ class RayLauncher:
         on_cpu: whether the study runs without GPUs.
         command: of a worker; None takes the job's.
     """
+
+    trouble = ""
 
     _on_our_connection: ClassVar[set[RayLauncher]] = set()
     """Who uses a connection that was made here; the last one closes it."""
@@ -176,7 +177,8 @@ class RayLauncher:
             self.kill()
             raise
         for index in range(count):
-            actor = _Actor(str(index), self._job.logs / f"{self._job.name}.worker-{index}.log")
+            log = (self._job.logs / f"{self._job.name}.worker-{index}.log").resolve()
+            actor = _Actor(str(index), log, Restarts(self._job.patience))
             actor.handle = (
                 ray.remote(WorkerActor)
                 .options(
@@ -184,7 +186,7 @@ class RayLauncher:
                     # Endless: two of each were used up at once when a node went away.
                     max_restarts=-1, max_task_retries=-1,
                 )
-                .remote(self._command, self._environment, str(actor.log.resolve()))
+                .remote(self._command, self._environment, str(actor.log))
             )  # fmt: skip
             self._run(actor)
             self._actors.append(actor)
@@ -233,11 +235,13 @@ class RayLauncher:
         """See whether a run has ended, and where it runs: without waiting for Ray."""
         ray = _ray()
         if ray.wait([actor.running], timeout=0)[0]:
+            code, last_words = None, ""
             try:
                 code = int(ray.get(actor.running))
-            except ray.exceptions.RayError:
-                code = _LOST
-            self._ended(actor, code, now)
+            except ray.exceptions.RayError as error:
+                # Of an error in the actor Ray's own text begins with the traceback, which would be all that is shown.
+                last_words = one_line(getattr(error, "cause", None) or error)
+            self._ended(actor, code, now, last_words)
             return
         if actor.asked is None:
             actor.asked = actor.handle.place.remote()
@@ -248,14 +252,14 @@ class RayLauncher:
                 actor.place = None  # on its way to another node
             actor.asked = None
 
-    def _ended(self, actor: _Actor, code: int, now: float) -> None:
+    def _ended(self, actor: _Actor, code: int | None, now: float, last_words: str) -> None:
         actor.running, actor.exit_code = None, code
         measured = actor.place is not None and self._measured(actor.place.identity) > 0
         if code == exits.DONE:
             actor.state = "done"
         elif self._stops:
             actor.state = "stopped"
-        elif actor.history.ended(code, measured=measured, last_words=""):
+        elif actor.history.ended(code, measured=measured, last_words=last_words):
             actor.state, actor.due = "waiting", now + actor.history.delay
         else:
             actor.state = "given up"
@@ -263,7 +267,9 @@ class RayLauncher:
     def _shown(self, actor: _Actor) -> Worker:
         place = actor.place
         device = "" if place is None else " ".join([place.host, *(f"GPU {gpu}" for gpu in place.gpus)])
-        note = f"{actor.history.given_up}; its log: {actor.log}" if actor.history.given_up else ""
+        note = actor.history.given_up
+        if note and place is not None:  # else it never ran, or ran nobody knows where
+            note = f"{note}; its log: {actor.log} on {place.host}"
         return Worker(
             actor.name, device, actor.state, actor.history.total, place.identity if place else None, note,
             exit_code=actor.exit_code,

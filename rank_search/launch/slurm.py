@@ -21,6 +21,7 @@ from rank_search.api import STORAGE_VARIABLE
 from rank_search.errors import InputError
 from rank_search.launch import exits
 from rank_search.launch.job import Job, Worker
+from rank_search.launch.log_streams import drop_unwritable
 from rank_search.launch.options import Options, parse_options
 from rank_search.launch.restarts import Restarts, described
 
@@ -68,16 +69,22 @@ class SlurmWorker:
 
     command: tuple[str, ...]
     grace: float
+    patience: float = 0.0
+    """Seconds that the worker is started again for while the database is away."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    leaving: bool = field(default=False, repr=False)
+    """Whether Slurm has announced that it takes the job away."""
 
     def __call__(self) -> int:
         """Run the worker, start it again where that helps, and return its last exit code."""
-        history = Restarts()
+        drop_unwritable("stdout", "stderr")
+        history = Restarts(self.patience)
         while True:
             started = time.monotonic()
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
             code = self._wait()
-            if code in {exits.DONE, exits.PREEMPTED}:
+            # Unannounced, PREEMPTED means that its patience is over, or the GPU or the memory lost: another may go on.
+            if code == exits.DONE or (code == exits.PREEMPTED and self.leaving):
                 return code
             lived = time.monotonic() - started > _LONG_SECONDS
             if not history.ended(code, measured=lived, last_words=""):
@@ -85,10 +92,13 @@ class SlurmWorker:
                 return code
             print(f"worker ended, {described(code)}; starts again in {history.delay:g} s", file=sys.stderr)
             time.sleep(history.delay)
+            if self.leaving:
+                return exits.PREEMPTED
 
     def checkpoint(self, *arguments: Any, **keywords: Any) -> Any:
         """Stop the worker, within its grace time, and say how the requeued job goes on: in the same way."""
-        submission = _submitit().helpers.DelayedSubmission(SlurmWorker(self.command, self.grace))
+        self.leaving = True
+        submission = _submitit().helpers.DelayedSubmission(SlurmWorker(self.command, self.grace, self.patience))
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + self.grace + SPARE_SECONDS / 2
@@ -112,6 +122,8 @@ class SlurmLauncher:
         options: where and how.
         gpus: of each worker.
     """
+
+    trouble = ""
 
     def __init__(self, job: Job, options: SlurmOptions, gpus: int) -> None:
         self._job = job
@@ -149,9 +161,9 @@ class SlurmLauncher:
         os.environ[STORAGE_VARIABLE] = self._job.storage
         try:
             executor = self._executor()
-            work = [SlurmWorker(self._job.command(), self._job.grace) for _ in range(self._job.workers or 1)]
+            worker = SlurmWorker(self._job.command(), self._job.grace, self._job.patience)
             with executor.batch():
-                self._tasks = [executor.submit(worker) for worker in work]
+                self._tasks = [executor.submit(worker) for _ in range(self._job.workers or 1)]
         except (RuntimeError, OSError) as error:  # submitit's own errors are RuntimeErrors
             raise InputError(f"Slurm: {' '.join(str(error).split())}; launch where `sbatch` works") from None
 

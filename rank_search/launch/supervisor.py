@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +18,8 @@ from rank_search.study.watching import StudyView, watch
 TICK_SECONDS = 0.2
 LOOK_SECONDS = 2.0
 """How often the database is looked at."""
+WAIT_SECONDS = 1.0
+"""A look at the database that takes longer is not waited for."""
 KILL_SECONDS = 15.0
 """A worker that is still there so long after its grace time is killed."""
 FAILED = 1
@@ -32,6 +35,7 @@ class View:
         study: what the database tells, None before the study is made.
         wanted: finished trials.
         trouble: why the database tells nothing, or empty.
+        engine_trouble: why the engine tells nothing, or empty; then the workers are as they were last seen.
         stopping: whether the launch was asked to stop.
     """
 
@@ -40,6 +44,7 @@ class View:
     wanted: int
     trouble: str = ""
     stopping: bool = False
+    engine_trouble: str = ""
 
 
 class Board(Protocol):
@@ -50,7 +55,10 @@ class Board(Protocol):
 
 
 class Watch:
-    """Looks at a study in the database now and then; an outage is told, and looked over."""
+    """Looks at a study in the database now and then; an outage is told, and looked over.
+
+    Each look is in a thread of its own: a host that is silent would hold up the signals meant for the workers.
+    """
 
     def __init__(self, job: Job, wanted: int) -> None:
         self._job = job
@@ -58,28 +66,49 @@ class Watch:
         self._study: StudyView | None = None
         self._trouble = ""
         self._next = 0.0
+        self._looking = threading.Thread()
+        self._late = False
 
-    def view(self, workers: list[Worker], *, stopping: bool) -> View:
-        """The launch as it is now."""
-        if time.monotonic() >= self._next:
-            self.look()
-        return View(tuple(workers), self._study, self._wanted, self._trouble, stopping)
+    def view(self, workers: list[Worker], *, stopping: bool, engine_trouble: str = "") -> View:
+        """The launch as it is now, and the study as it was when the database last answered."""
+        if time.monotonic() >= self._next and not self._looking.is_alive():
+            self._begin()
+        return View(tuple(workers), self._study, self._wanted, self._trouble, stopping, engine_trouble)
 
     def look(self) -> StudyView | None:
-        """Look now."""
-        try:
-            with StudyStore(self._job.storage) as store:
-                self._study = watch(store, self._job.name)
-            self._trouble = ""
-        except StorageError as error:
-            self._trouble = str(error)
-        self._next = time.monotonic() + LOOK_SECONDS
+        """Look now. A look that takes longer than :data:`WAIT_SECONDS` is not waited for again until it ends; what was
+        last seen counts.
+        """
+        self._wait()  # for one under way, which may have begun too early
+        if not self._looking.is_alive():
+            self._begin()
+            self._wait()
         return self._study
 
     def measured(self, worker: str) -> int:
         """Trials that a worker has measured; 0 too where the database cannot be asked."""
         study = self.look()
         return study.worker(worker).measured if study is not None else 0
+
+    def _begin(self) -> None:
+        self._late = False
+        self._looking = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._looking.start()
+
+    def _wait(self) -> None:
+        if self._looking.is_alive() and not self._late:
+            self._looking.join(WAIT_SECONDS)
+            self._late = self._looking.is_alive()
+
+    def _look(self) -> None:
+        try:
+            with StudyStore(self._job.storage) as store:
+                self._study = watch(store, self._job.name)
+            self._trouble = ""
+        except StorageError as error:
+            self._trouble = str(error)
+        finally:  # after a defect, too, whose traceback Python shows while the workers go on
+            self._next = time.monotonic() + LOOK_SECONDS
 
 
 def supervise(launcher: Launcher, job: Job, watch: Watch, board: Board, *, kill_seconds: float = KILL_SECONDS) -> int:
@@ -104,7 +133,7 @@ def supervise(launcher: Launcher, job: Job, watch: Watch, board: Board, *, kill_
         finally:
             launcher.kill()
         watch.look()
-        board.show(watch.view(workers, stopping=signals.count > 0))
+        _show(board, watch, launcher, workers, signals)
     return _code(workers)
 
 
@@ -114,7 +143,7 @@ def _until_ended(
     passed_on, deadline = 0, float("inf")
     while True:
         workers = launcher.workers()
-        board.show(watch.view(workers, stopping=signals.count > 0))
+        _show(board, watch, launcher, workers, signals)
         if all(worker.has_ended for worker in workers):
             return workers
         if signals.count > passed_on:
@@ -124,6 +153,10 @@ def _until_ended(
         if signals.count > 2 or time.monotonic() > deadline:
             launcher.kill()
         time.sleep(TICK_SECONDS)
+
+
+def _show(board: Board, watch: Watch, launcher: Launcher, workers: list[Worker], signals: _Signals) -> None:
+    board.show(watch.view(workers, stopping=signals.count > 0, engine_trouble=launcher.trouble))
 
 
 def _code(workers: list[Worker]) -> int:

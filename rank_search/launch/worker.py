@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from rank_search import api
 from rank_search.errors import HostMemoryError, RankSearchError, one_line
 from rank_search.launch import exits
+from rank_search.launch.job import check_grace
+from rank_search.launch.log_streams import drop_unwritable
 from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.progress import SILENT, Preempted, Progress, Step
 from rank_search.spec import StudyFile, load_study_file
@@ -80,9 +82,12 @@ def run_worker(
         grace: seconds that SIGTERM or SIGINT leaves for the trial under way, which is given back if it takes longer.
 
     Raises:
+        BudgetError: a grace time below 0 or longer than a day.
         RankSearchError: as :func:`rank_search.api.run`; :func:`exits.exit_code` tells its exit code.
     """
     from rank_search.study.hosts import refuse_other_hosts
+
+    check_grace(grace)
 
     def ended(outcome: Outcome) -> None:
         on_outcome(outcome)
@@ -147,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=30.0, help="seconds to finish a trial in when asked to stop")
     parser.add_argument("--gpus-per-model", type=int, help="GPUs to spread the model over, if its file does not tell")
     given = parser.parse_args(arguments)
+    drop_unwritable("stdout", "stderr")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:

@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, text
 
-from rank_search.errors import StorageError
+from rank_search.errors import StorageError, UnavailableError
 from rank_search.study.engine import NO_TRANSACTION, READ_ONLY, shown, sqlite_file, translated
 
 VERSION_TABLE = "rank_search_alembic_version"
@@ -92,7 +92,8 @@ def exclusive(engine: Engine) -> Iterator[None]:
     A file lock beside an SQLite file; a session's advisory lock on PostgreSQL, a named lock on MySQL.
 
     Raises:
-        StorageError: another process held it for :data:`LOCK_SECONDS`.
+        UnavailableError: another process held it for :data:`LOCK_SECONDS`.
+        StorageError: there can be no lock.
     """
     file = sqlite_file(engine.url)
     if file is not None:
@@ -118,7 +119,7 @@ def _wait(take: Callable[[], bool], engine: Engine) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
     while not take():
         if time.monotonic() > deadline:
-            raise StorageError(
+            raise UnavailableError(
                 f"database {shown(engine.url)}: another process has held its lock for {LOCK_SECONDS:g} s; end it first"
             )
         time.sleep(0.05)
@@ -130,7 +131,7 @@ def _file_lock(file: Path) -> Iterator[None]:
     try:
         lock.acquire(poll_interval=0.02)
     except Timeout:
-        raise StorageError(
+        raise UnavailableError(
             f"another process has held {lock.lock_file} for {LOCK_SECONDS:g} s; end that process first"
         ) from None
     except (OSError, NotImplementedError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rank_search.cli import run_command
 from rank_search.errors import InputError, StorageError
 from rank_search.launch import exits
 from rank_search.launch.fleet import Crew, ServiceFleet
@@ -24,7 +25,7 @@ from rank_search.launch.job import Job
 from rank_search.launch.kubernetes import KubernetesLauncher, KubernetesOptions, manifest, workers_of
 from rank_search.launch.launching import launch
 from rank_search.launch.slurm import SlurmLauncher, SlurmWorker
-from rank_search.launch.supervisor import View
+from rank_search.launch.supervisor import View, Watch, supervise
 from rank_search.spec import StudySpec, load_study_file
 from rank_search.study.records import State
 from rank_search.study.store import StudyStore
@@ -130,7 +131,20 @@ def test_a_preempted_task_stops_its_worker_and_is_submitted_again(tmp_path: Path
     thread.join()
     assert told.read_text(encoding="utf-8") == "stopped"
     again = submitted[0].function
-    assert (again.command, again.grace, again.process) == (task.command, task.grace, None)
+    assert again == SlurmWorker(task.command, task.grace, task.patience)
+
+
+def test_a_task_starts_its_worker_again_that_nobody_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rank_search.launch.slurm._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("rank_search.launch.restarts.FIRST_DELAY", 0.01)
+    runs = tmp_path / "runs"
+    # Its GPU was lost five times, or the database away for longer than it waits.
+    script = f"echo >> {runs}; test $(wc -l < {runs}) -gt 5 && exit {exits.DONE}; exit {exits.PREEMPTED}"
+    assert SlurmWorker(("sh", "-c", script), grace=5.0, patience=60.0)() == exits.DONE
+    assert len(runs.read_text(encoding="utf-8").splitlines()) == 6
+    assert SlurmWorker(("sh", "-c", "exit 69"), grace=5.0, patience=0.05)() == exits.UNAVAILABLE
 
 
 def test_slurm_needs_a_server_and_a_number(tmp_path: Path) -> None:
@@ -144,6 +158,7 @@ def test_slurm_needs_a_server_and_a_number(tmp_path: Path) -> None:
         SlurmLauncher.of(make_job(tmp_path), {"minutes": "soon"}, on_cpu=True)
 
 
+INSTANCE = "app.kubernetes.io/instance"
 OPTIONS = {"image": "registry.example/rank-search:1", "volume": "studies"}
 
 
@@ -161,7 +176,7 @@ def test_the_manifest_keeps_to_the_official_schema(tmp_path: Path, gpus: int) ->
 
 def test_the_manifest_says_what_was_asked(tmp_path: Path) -> None:
     made = manifest(make_job(tmp_path, trials=40), KubernetesOptions(**OPTIONS, cpu="8"), 2)
-    assert made["metadata"]["name"] == "rank-search-demo-1"
+    assert made["metadata"]["name"] == "rank-search-demo-1-6c5e2e"
     spec, pod = made["spec"], made["spec"]["template"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
     rules = spec["podFailurePolicy"]["rules"]
@@ -177,6 +192,20 @@ def test_the_manifest_says_what_was_asked(tmp_path: Path) -> None:
     assert SERVER not in json.dumps(made)
     assert {"name": "RANK_SEARCH_STORAGE_FILE", "value": "/run/secrets/rank-search/url"} in container["env"]
     assert "nvidia.com/gpu" not in json.dumps(manifest(make_job(tmp_path), KubernetesOptions(**OPTIONS), 0))
+
+
+def test_jobs_of_different_studies_have_different_names_that_fit(tmp_path: Path) -> None:
+    def name(study: str, workers: int = 3) -> str:
+        made = manifest(make_job(tmp_path, name=study, workers=workers), KubernetesOptions(**OPTIONS), 0)
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{,61}[a-z0-9])?", made["metadata"]["labels"][INSTANCE])
+        return str(made["metadata"]["name"])
+
+    assert name("tiny") == "rank-search-tiny"
+    studies = ["A_b", "a.b", "a-b", "a_b", "x" * 80, "x" * 81, "x" * 49 + "-yy", "\N{GREEK SMALL LETTER ALPHA}"]
+    names = [name(study, workers=101) for study in studies]
+    assert len(set(names)) == len(studies)
+    assert max(len(f"{made}-100") for made in names) == 63  # a pod's host name
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]*[a-z0-9]", made) for made in names)
 
 
 def pod(index: int, made: str, phase: str, code: int | None = None) -> dict[str, Any]:
@@ -214,7 +243,9 @@ def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "bin" / "kubectl"
     program.parent.mkdir()
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$3" = get ] && cat "{answers}/$4"\n'
+        f'#!/bin/sh\necho "$@" >> {calls}\n'
+        f'[ -e {tmp_path}/away ] && {{ echo "Unable to connect: TLS handshake timeout" >&2; exit 1; }}\n'
+        f'[ "$3" = get ] && cat "{answers}/$4"\n'
         '[ "$4" = refuse ] && { echo "error: no such thing" >&2; exit 1; }\nexit 0\n',
         encoding="utf-8",
     )
@@ -241,8 +272,92 @@ def test_a_job_that_has_ended_is_removed_before_it_is_applied_again(kubectl: Pat
     (tmp_path / "answers" / "job").write_text(json.dumps(ended), encoding="utf-8")
     KubernetesLauncher.of(make_job(tmp_path, workers=2), OPTIONS, on_cpu=True).start()
     calls = [call.split()[2:5] for call in kubectl.read_text(encoding="utf-8").splitlines()]
-    assert calls[:2] == [["get", "job", "rank-search-demo-1"], ["delete", "job", "rank-search-demo-1"]]
+    assert calls[:2] == [[verb, "job", "rank-search-demo-1-6c5e2e"] for verb in ("get", "delete")]
     assert calls[2][0] == "apply"
+
+
+def verbs(calls: Path) -> list[str]:
+    return [call.split()[2] for call in calls.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def running(kubectl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubernetesLauncher:
+    """A launch of one pod that runs, and as often asked about as it is looked at."""
+    monkeypatch.setattr("rank_search.launch.kubernetes.POLL_SECONDS", 0.0)
+    pods = {"items": [pod(0, "2026-01-01T00:00:00Z", "Running")]}
+    (tmp_path / "answers" / "pods").write_text(json.dumps(pods), encoding="utf-8")
+    launcher = KubernetesLauncher.of(make_job(tmp_path, workers=1), OPTIONS, on_cpu=True)
+    launcher.start()
+    return launcher
+
+
+def test_workers_go_on_while_the_cluster_does_not_answer(
+    running: KubernetesLauncher, kubectl: Path, tmp_path: Path
+) -> None:
+    away, job = tmp_path / "away", make_job(tmp_path, storage=f"sqlite:///{tmp_path}/none.db")
+    board = Board()
+
+    def show(view: View) -> None:
+        board.views.append(view)
+        match len(board.views):
+            case 1:
+                away.touch()
+            case 4:
+                assert [worker.state for worker in view.workers] == ["running"]
+                assert view.engine_trouble == "kubectl get: Unable to connect: TLS handshake timeout"
+                away.unlink()
+                done = {"items": [pod(0, "2026-01-01T00:00:00Z", "Succeeded", 0)]}
+                (tmp_path / "answers" / "pods").write_text(json.dumps(done), encoding="utf-8")
+
+    shown = type("Shown", (), {"show": staticmethod(show)})()
+    running.start = lambda: None  # type: ignore[method-assign]  # it has
+    assert supervise(running, job, Watch(job, 1), shown) == exits.DONE
+    assert board.views[-1].engine_trouble == ""
+    assert "delete" not in verbs(kubectl)
+
+
+def test_a_job_is_deleted_as_soon_as_the_cluster_answers_again(
+    running: KubernetesLauncher, kubectl: Path, tmp_path: Path
+) -> None:
+    assert [worker.state for worker in running.workers()] == ["running"]
+    (tmp_path / "away").touch()
+    running.stop()
+    assert [worker.state for worker in running.workers()] == ["running"]
+    (tmp_path / "away").unlink()
+    assert [worker.state for worker in running.workers()] == ["stopped"]
+    assert (running.trouble, verbs(kubectl).count("delete")) == ("", 3)
+    running.stop()
+    assert verbs(kubectl).count("delete") == 3
+
+
+def test_a_job_that_cannot_be_deleted_is_told(running: KubernetesLauncher, tmp_path: Path) -> None:
+    (tmp_path / "away").touch()
+    running.kill()
+    assert [worker.state for worker in running.workers()] == ["stopped"]
+    assert running.trouble.endswith(
+        "TLS handshake timeout; the job is still there, delete it with "
+        "`kubectl --namespace default delete job rank-search-demo-1-6c5e2e`"
+    )
+
+
+def test_workers_of_a_job_that_somebody_has_deleted_are_given_up(running: KubernetesLauncher, tmp_path: Path) -> None:
+    (tmp_path / "answers" / "job").write_text("", encoding="utf-8")
+    (worker,) = running.workers()
+    assert (worker.state, worker.note) == ("given up", "somebody has deleted the job")
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_a_manifest_may_be_written_without_a_cluster_or_a_database(
+    tiny_study: StudyFactory, kubectl: Path, capsys: pytest.CaptureFixture[str], detach: list[str]
+) -> None:
+    study = tiny_study()
+    given = [f"--option={name}={value}" for name, value in {**OPTIONS, "apply": "false"}.items()]
+    command = ["launch", str(study), "--on", "kubernetes", "--workers", "2", "--storage", SERVER, *given, *detach]
+    assert run_command(command) == 0
+    written = study.parent / "work" / "logs" / "tiny.job.yaml"
+    assert capsys.readouterr().out == f"wrote {written}; apply it with `kubectl apply -f {written}`\n"
+    assert yaml.safe_load(written.read_text(encoding="utf-8"))["kind"] == "Job"
+    assert not kubectl.exists()
 
 
 def test_kubernetes_asks_for_what_it_needs(tmp_path: Path) -> None:

@@ -147,6 +147,27 @@ def test_more_gpus_than_the_cluster_has_are_refused(cluster: Any, storage: str, 
         launcher.start()
 
 
+def test_an_actor_that_fails_tells_why(
+    cluster: Any, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rank_search.launch.restarts.FIRST_DELAY", 0.1)
+    (tmp_path / "logs").touch()  # a file in the place of the folder
+    job = Job(tmp_path / "study.toml", "tiny", storage, tmp_path / "logs", workers=1)
+    launcher = make_launcher(job, Watch(job, 1), 1, 0.1)
+    launcher.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not (worker := launcher.workers()[0]).has_ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        launcher.kill()
+    assert (worker.state, worker.restarts) == ("given up", 2)
+    assert worker.note == (
+        f"died 3 times in a row, last without an exit code; its last words: [Errno 17] File exists: '{job.logs}'"
+    )
+
+
 def until_running(storage: str, count: int) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,15 @@ import pytest
 from rank_search.api import STORAGE_FILE_VARIABLE, STORAGE_VARIABLE, storage_url
 from rank_search.cli import run_command
 from rank_search.cli.launch_table import LaunchBoard, summary
-from rank_search.errors import DeviceError, StorageError, StudyFileError, TrialError
+from rank_search.errors import (
+    CrowdedError,
+    DeviceError,
+    OutOfPatienceError,
+    StorageError,
+    StudyFileError,
+    TrialError,
+    UnavailableError,
+)
 from rank_search.front import Front, FrontPoint
 from rank_search.launch import exits
 from rank_search.launch.devices import gpus, slots
@@ -78,9 +88,38 @@ def test_a_worker_that_measured_something_is_always_started_again() -> None:
 
 
 def test_errors_have_the_exit_code_that_says_whether_to_try_again() -> None:
-    assert exits.exit_code(StorageError("x")) == exits.UNAVAILABLE == 69
-    assert exits.exit_code(StudyFileError("x")) == exits.CONFIGURATION == 78
+    assert exits.exit_code(UnavailableError("x")) == exits.exit_code(CrowdedError("x")) == exits.UNAVAILABLE == 69
+    assert exits.exit_code(StudyFileError("x")) == exits.exit_code(StorageError("x")) == exits.CONFIGURATION == 78
+    assert exits.exit_code(OutOfPatienceError("x")) == exits.PREEMPTED == 75
     assert exits.exit_code(TrialError("x")) == 2
+
+
+@pytest.mark.parametrize("code", [exits.UNAVAILABLE, exits.PREEMPTED])
+def test_a_database_that_is_away_is_waited_for_as_long_as_the_study_says(code: int) -> None:
+    history = Restarts(patience=200.0)
+    delays = []
+    while history.ended(code, measured=False, last_words="connection refused"):
+        delays.append(history.delay)
+    assert delays == [1, 2, 4, 8, 16, 32, LONGEST_DELAY, LONGEST_DELAY, 17]  # 200 s
+    assert history.given_up == (
+        f"waited 200 s in vain (run.database_patience_seconds), last with exit code {code}; "
+        "its last words: connection refused"
+    )
+    without = Restarts(patience=0.0)
+    assert [without.ended(code, measured=False, last_words="") for _ in range(MOST_IN_A_ROW)] == [True, True, False]
+
+
+def test_waiting_for_the_database_is_not_counted_among_deaths() -> None:
+    history = Restarts(patience=1e9)
+    ends = [exits.UNAVAILABLE] * 2000 + [-9] * MOST_IN_A_ROW
+    started = [history.ended(code, measured=False, last_words="") for code in ends]
+    assert started == [True] * (len(ends) - 1) + [False]
+    assert history.given_up == "died 3 times in a row, last by signal 9"
+    history = Restarts(patience=3.0)
+    for _ in range(5):  # each outage has the whole patience anew
+        assert history.ended(exits.UNAVAILABLE, measured=True, last_words="")
+        assert history.ended(exits.UNAVAILABLE, measured=False, last_words="")
+    assert history.waited == 3.0
 
 
 @contextmanager
@@ -185,7 +224,10 @@ def test_the_database_may_be_named_by_a_file(tmp_path: Path, monkeypatch: pytest
         (["--on", "moon"], "--on must be one of local, ray, slurm, kubernetes, not 'moon'"),
         (["--option", "partition"], "--option must be KEY=VALUE, not 'partition'"),
         (["--option", "a=b"], "--on local takes no --option, not 'a'"),
-        (["--grace", "-1"], "--grace must be at least 0 seconds, not -1"),
+        (["--grace", "-1"], "--grace must be from 0 to 86400 seconds, not -1"),
+        (["--grace", "nan"], "--grace must be from 0 to 86400 seconds, not nan"),
+        (["--grace", "inf"], "--grace must be from 0 to 86400 seconds, not inf"),
+        (["--grace", "1e300"], "--grace must be from 0 to 86400 seconds, not 1e+300"),
         (["--detach"], "--detach leaves workers to a cluster (slurm or kubernetes), not to --on local"),
     ],
 )
@@ -204,4 +246,34 @@ def test_a_worker_of_a_wrong_study_ends_with_the_code_of_wrong_configuration(
 ) -> None:
     assert run_command(["worker", str(tmp_path / "none.toml")]) == exits.CONFIGURATION
     assert "No such file or directory" in capsys.readouterr().err
-    assert run_command(["worker", "tiny", "--storage", f"sqlite:///{tmp_path}/none.db"]) == exits.UNAVAILABLE
+    assert run_command(["worker", "tiny", "--storage", f"sqlite:///{tmp_path}/none.db"]) == exits.CONFIGURATION
+    study = tmp_path / "study.toml"
+    study.write_text('name = "tiny"\n[model]\nsource = "nowhere"\n', encoding="utf-8")
+    capsys.readouterr()
+    assert run_command(["worker", str(study), "--grace", "nan"]) == exits.CONFIGURATION
+    assert capsys.readouterr().err == "rank-search: error: --grace must be from 0 to 86400 seconds, not nan\n"
+
+
+def test_what_a_worker_prints_to_a_full_disk_is_dropped() -> None:
+    code = (
+        "import sys\nfrom rank_search.launch.log_streams import drop_unwritable\ndrop_unwritable('stdout', 'stderr')\n"
+        "print('x' * 100_000)\nprint('a line', file=sys.stderr)\nsys.exit(75)"
+    )
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, check=False)
+    assert done.returncode == 75  # Python's own is 1, or 120 for what it cannot write as it ends
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (len(seen.stdout), seen.stderr) == (100_001, "a line\n")
+
+
+def test_a_worker_on_a_full_disk_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rank_search.launch.worker", str(tmp_path / "none.toml")]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, check=False).returncode == exits.CONFIGURATION
+
+
+def test_the_table_tells_once_that_the_engine_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    board = LaunchBoard("demo")
+    for trouble in ("", "kubectl get: timeout", "kubectl get: timeout", ""):
+        board.show(View((), None, 40, engine_trouble=trouble))
+    assert capsys.readouterr().err == "kubectl get: timeout; the workers go on\nthe engine answers again\n"
