@@ -52,7 +52,11 @@ def apply_rank_map(
     trust_remote_code: bool,
     progress: Progress,
 ) -> ModelScore:
-    """Write the compressed model of a rank map file; see :func:`rank_search.api.apply`."""
+    """Write the compressed model of a rank map file; see :func:`rank_search.api.apply`.
+
+    In a study with folds, whose trials fine-tune one model a fold, this one is fine-tuned on all of them: its loss is
+    of text that it has seen, and does not compare with the trial's.
+    """
     if dtype not in DTYPES:
         raise RankMapError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     check_free(out)  # before the fine-tune, not after it

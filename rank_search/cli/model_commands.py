@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,13 +22,29 @@ from rank_search.cli.options import (
     RemoteCodeOption,
     RevisionOption,
     TaskOption,
+    keys_as_options,
+    option_of,
 )
 from rank_search.cli.progress import TerminalProgress
 from rank_search.cli.quiet import quiet_libraries
 from rank_search.compress.folder import check_free
 from rank_search.errors import InputError
 from rank_search.export.rank_map_file import RankMapFile
-from rank_search.spec import DataSpec, Granularity, Layers, ModelSpec, StudyFile, TargetSpec, load_study_file
+from rank_search.spec import (
+    METRICS,
+    PYTHON_DOCS,
+    DataSpec,
+    Granularity,
+    Layers,
+    ModelSpec,
+    StudyFile,
+    StudySpec,
+    TargetSpec,
+    load_study_file,
+)
+
+_SPLIT = "test"
+"""The split of a hub dataset that ``evaluate`` reads, unless told otherwise."""
 
 
 def apply(
@@ -61,15 +78,49 @@ def apply(
             rank_map, output, model=model, finetune=not no_finetune, form=form, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
-    typer.echo(f"wrote {output}: {tables.evaluation_line(found)}")
+    recipe = file.recipe
+    tuned = not no_finetune and recipe.finetune.steps_for(recipe.data.sequence_length) > 0
+    folds = recipe.validation.folds if tuned else None
+    typer.echo(
+        f"wrote {output}: {'on the text of its own fine-tune, ' if folds else ''}{tables.evaluation_line(found)}"
+    )
     if recorded is not None:
-        typer.echo(f"the rank map file has {recorded.loss:.4f} ± {recorded.standard_error:.4f} ({recorded.fidelity})")
+        of = (
+            f", mean over {folds} folds, each left out of a fine-tune" if folds and recorded.fidelity == "tuned" else ""
+        )
+        typer.echo(
+            f"the rank map file has {recorded.loss:.4f} ± {recorded.standard_error:.4f} ({recorded.fidelity}{of})"
+        )
     trust = ", trust_remote_code=True" if form == "factored" else ""
     from rank_search.task import TASKS
 
-    auto_class = TASKS[file.recipe.model.task].auto_class
+    auto_class = TASKS[recipe.model.task].auto_class
     typer.echo(f'Load it:     transformers.{auto_class}.from_pretrained("{output}"{trust})')
-    typer.echo(f"Evaluate it: rank-search evaluate {shlex.quote(str(output))} --data python-docs")
+    typer.echo(f"Evaluate it: {_evaluate_command(output, recipe, rank_map.parent)}")
+
+
+def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path) -> str:
+    """How to score a checkpoint as its study would: on the test text, else on what else the study names.
+
+    ``folder`` is what the recipe's relative paths start from.
+    """
+    data, defaults = recipe.data, DataSpec()
+    role = next((role for role in ("test", "validation") if getattr(data, role) is not None), "train")
+    source = getattr(data, role)
+    path = folder / Path(source).expanduser()
+    given = {"train": str(path) if source != PYTHON_DOCS and path.exists() else source}
+    if recipe.model.task != "causal-lm":
+        given["task"] = recipe.model.task
+    split = getattr(data, f"{role}_split")
+    if split != _SPLIT and source != PYTHON_DOCS and not path.is_file():
+        given["train_split"] = split
+    for field in ("config", "column", "pair_column", "label_column", "target_column"):
+        if getattr(data, field) != getattr(defaults, field):
+            given[field] = getattr(data, field)
+    given["sequence_length"] = str(data.sequence_length)
+    options = [word for field, value in given.items() for word in (option_of(field), value)]
+    seen = "  # it was made with some of this text; name another one" if role == "train" else ""
+    return shlex.join(["rank-search", "evaluate", str(checkpoint), *options]) + seen
 
 
 def evaluate(
@@ -89,13 +140,17 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Split of a hub dataset. Default: test.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help=f"Split of a hub dataset. Default: {_SPLIT}.", show_default=False)
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.", show_default=False)
     ] = None,
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column that holds the text. Default: text.", show_default=False)
+    ] = None,
+    pair_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a classifier: the column of a second text.", show_default=False),
     ] = None,
     label_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of a classifier: the labels' column.", show_default=False)
@@ -110,7 +165,9 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Beside the loss: accuracy, f1, exact_match; several times.", show_default=False
+            metavar="NAME",
+            help=f"Beside the loss: {', '.join(METRICS)}, or one of the hub; several times.",
+            show_default=False,
         ),
     ] = None,
     blocks: Annotated[
@@ -123,14 +180,14 @@ def evaluate(
 ) -> None:
     """Print loss, perplexity and parameters of a model or a compressed checkpoint on a text (--data or --study)."""
     options = {
-        "train_split": split, "config": config, "column": column, "label_column": label_column,
-        "target_column": target_column, "sequence_length": sequence_length,
+        "train_split": split, "config": config, "column": column, "pair_column": pair_column,
+        "label_column": label_column, "target_column": target_column, "sequence_length": sequence_length,
     }  # fmt: skip
     given = {field: value for field, value in options.items() if value is not None}
     asked = {field: value for field, value in {"task": task, "metric": metric}.items() if value is not None}
     source, file = _text_of(data, study, given, asked)
     quiet_libraries()
-    with TerminalProgress() as progress:
+    with nullcontext() if study else keys_as_options(), TerminalProgress() as progress:
         found = api.evaluate(
             model, source, study=file, task=task or "causal-lm", metrics=metric or (), blocks=blocks, device=device,
             revision=revision, trust_remote_code=trust_remote_code, progress=progress,
@@ -153,11 +210,11 @@ def _text_of(
     if study is not None:
         if given or asked:
             raise InputError(
-                f"{_option(next(iter([*given, *asked])))} goes with --data; with --study the study file says it"
+                f"{option_of(next(iter([*given, *asked])))} goes with --data; with --study the study file says it"
             )
         return None, load_study_file(study)
     try:
-        return DataSpec.model_validate({"train": data, "train_split": "test", **given}), None
+        return DataSpec.model_validate({"train": data, "train_split": _SPLIT, **given}), None
     except ValidationError as error:
         raise InputError(_refusal(error)) from None
 
@@ -194,7 +251,7 @@ def layers(
     except ValidationError as error:
         raise InputError(_refusal(error)) from None
     quiet_libraries()
-    with TerminalProgress() as progress:
+    with keys_as_options(), TerminalProgress() as progress:
         found = api.layers(spec, targets, progress=progress)
     if not as_json:
         tables.print_layers(found)
@@ -213,10 +270,4 @@ def layers(
 def _refusal(error: ValidationError) -> str:
     """One line for the first option that the study file's own rules refuse."""
     first = error.errors(include_url=False)[0]
-    return f"{_option(str(first['loc'][0]))}: {first['msg']}, not {first['input']!r}"
-
-
-def _option(field: str) -> str:
-    """The option that sets a field of the study file."""
-    names = {"source": "MODEL", "train": "--data", "train_split": "--split"}
-    return names.get(field, "--" + field.replace("_", "-"))
+    return f"{option_of(str(first['loc'][0]))}: {first['msg']}, not {first['input']!r}"

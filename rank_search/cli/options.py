@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -49,3 +52,42 @@ def check_output(path: Path) -> None:
         raise InputError(f"output {path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise InputError(f"output {path}: folder {path.parent} does not exist; make it or write elsewhere")
+
+
+_KEYS = (
+    "model.task", "model.revision", "model.trust_remote_code",
+    "targets.layers", "targets.share", "targets.include", "targets.exclude", "targets.split_qkv", "targets.granularity",
+    "data.train", "data.train_split", "data.config", "data.column", "data.pair_column", "data.label_column",
+    "data.target_column", "data.sequence_length",
+    "validation.metrics", "validation.trust_remote_code",
+)  # fmt: skip
+"""Keys of the study file that are options of ``evaluate`` or ``layers``."""
+_KEY = re.compile(
+    # Not within a longer name: modules and files have such names, too.
+    rf"(?P<set>set )?(?<![\w./])(?P<key>{'|'.join(map(re.escape, _KEYS))})(?![\w/]|\.\w)"
+    r"(?: = (?:'(?P<quoted>[^']+)'|\"(?P<double>[^\"]+)\"|(?P<word>true|false)))?"
+)
+
+
+def option_of(field: str) -> str:
+    """The option that sets a field of a study file's tables."""
+    names = {"source": "MODEL", "train": "--data", "train_split": "--split", "metrics": "--metric"}
+    return names.get(field, "--" + field.replace("_", "-"))
+
+
+@contextmanager
+def keys_as_options() -> Iterator[None]:
+    """Errors that name keys of a study file name options instead, for commands that take these without such a file."""
+    try:
+        yield
+    except InputError as error:
+        told = _KEY.sub(_as_option, str(error)).replace("the study file's folder", "the current folder")
+        error.args = (told, *error.args[1:])
+        raise
+
+
+def _as_option(found: re.Match[str]) -> str:
+    option, value = option_of(found["key"].partition(".")[2]), found["quoted"] or found["double"]
+    if found["word"] == "false":
+        return f"leave out {option}" if found["set"] else f"no {option}"
+    return f"{'give ' if found['set'] else ''}{option}{f' {value}' if value else ''}"

@@ -34,7 +34,7 @@ from rank_search.compress.low_rank import LowRankLinear
 from rank_search.compress.pivoted import PivotedLinear
 from rank_search.compress.split import SplitLinear
 from rank_search.errors import CheckpointError, ModelError, one_line
-from rank_search.model.load import LoadedModel, weights_digest
+from rank_search.model.load import LoadedModel, make_ready, weights_digest
 from rank_search.model.targets import Target, by_module
 from rank_search.task import CAUSAL_LM, TASKS, Task
 
@@ -98,7 +98,7 @@ def load_checkpoint(folder: Path, device: torch.device, task: Task | None = None
 
     Raises:
         ModelError: the folder is damaged, its architecture unknown to the installed transformers, or it is not made for
-            ``task``.
+            ``task``; or as :func:`rank_search.model.load.make_ready`.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -108,8 +108,12 @@ def load_checkpoint(folder: Path, device: torch.device, task: Task | None = None
                 f"checkpoint {folder}: transformers has no {config['low_rank']['model_class']}; upgrade it"
             )
         auto_classes = _auto_classes(base.__name__)
-        if task is not None and task.auto_class not in auto_classes:
-            raise ModelError(f"checkpoint {folder} holds a {base.__name__}, not a model made for {task.made_for}")
+        known = [name for name, other in TASKS.items() if other.auto_class in auto_classes]
+        if task is not None and task.name not in known:
+            way_out = f"set model.task = {known[0]!r}" if known else "give a checkpoint of another model"
+            raise ModelError(
+                f"checkpoint {folder} holds a {base.__name__}, not a model made for {task.made_for}; {way_out}"
+            )
         code, _ = _modelling_code(base)
         with _imported(code) as module:
             model, info = module.LowRankModel.from_pretrained(
@@ -125,7 +129,9 @@ def load_checkpoint(folder: Path, device: torch.device, task: Task | None = None
     if info["missing_keys"]:
         raise ModelError(f"checkpoint {folder} lacks weights, first {min(info['missing_keys'])}; it is damaged")
     model = model.eval().requires_grad_(False).to(device)
-    task = task or next((known for known in TASKS.values() if known.auto_class in auto_classes), CAUSAL_LM)
+    task = task or (TASKS[known[0]] if known else CAUSAL_LM)
+    if known:  # a model of images is of none of these tasks
+        make_ready(model, tokenizer, task, f"checkpoint {folder}")
     return LoadedModel(model, tokenizer, str(folder), None, weights_digest(model.state_dict().items()), task)
 
 

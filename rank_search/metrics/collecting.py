@@ -137,8 +137,14 @@ def _load(name: str) -> Any:
     try:
         # In memory: the library's files on disk are shared by all processes of a user.
         return evaluate.load(place, keep_in_memory=True)
-    except FileNotFoundError:
-        reason = "the hub has none of that name, or cannot be reached"
     except (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = one_line(error)
-    raise MetricError(f"metric {name!r} cannot be loaded: {reason}; {', '.join(METRICS)} need no network")
+        if isinstance(error, OSError) and error.filename is not None:
+            # The system's, about a file; what the library says about the hub names none.
+            way_out = "name a folder that can be written in HF_HOME"
+            raise MetricError(f"metric {name!r} cannot be kept in the cache: {reason}; {way_out}") from error
+        if isinstance(error, FileNotFoundError):
+            reason = "the hub has none of that name, or cannot be reached"
+        raise MetricError(
+            f"metric {name!r} cannot be loaded: {reason}; {', '.join(METRICS)} need no network"
+        ) from error

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from rank_search.errors import ModelError, one_line
-from rank_search.model.spread import spread
+from rank_search.model.spread import devices_of, spread
 from rank_search.spec import ModelSpec
-from rank_search.task import CAUSAL_LM, TASKS, Task
+from rank_search.task import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, Task
 
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, UnpicklingError, struct.error,
@@ -30,6 +30,9 @@ _LOADING_ERRORS = (
 """What transformers lets through of a model that is damaged or not there."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+_LEAK = 1e-3
+"""Change of a prediction, relative to its size, that is no rounding error any more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,17 @@ class LoadedModel:
     def max_length(self) -> int | None:
         """Longest sequence the model takes, where its configuration says so."""
         value = getattr(self.model.config, "max_position_embeddings", None)
-        return value if isinstance(value, int) and value > 0 else None
+        if not isinstance(value, int) or value <= 0:
+            return None
+        return value - max((_unused_positions(name, value, m) for name, m in self.model.named_modules()), default=0)
+
+
+def _unused_positions(name: str, count: int, module: nn.Module) -> int:
+    """Rows of a table of ``count`` positions that no token uses: RoBERTa counts positions from behind the padding's."""
+    if not isinstance(module, nn.Embedding) or "position" not in name.rsplit(".", 1)[-1]:
+        return 0
+    padding = module.padding_idx
+    return 0 if padding is None or module.num_embeddings != count else padding + 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,8 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device, *others: tor
 
     Raises:
         DeviceError: it cannot be spread over the devices, or does not fit them.
-        ModelError: not found, not a model for the task, incomplete, or in need of remote code.
+        ModelError: not found, not a model for the task, incomplete, in need of remote code, or one that sees the tokens
+            that it should predict.
     """
     task = TASKS[spec.task]
     auto_class: Any = getattr(transformers, task.auto_class)
@@ -129,8 +143,38 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device, *others: tor
         spread(model, (device, *others))
     else:
         model = model.to(device)
+    make_ready(model, tokenizer, task, f"model {spec.source!r}")
     revision = None if where.is_local else getattr(model.config, "_commit_hash", None)
     return LoadedModel(model, tokenizer, spec.source, revision, weights_digest(model.state_dict().items()), task)
+
+
+def make_ready(model: PreTrainedModel, tokenizer: Any, task: Task, label: str) -> None:
+    """Check, and where it can be mended mend, what a task needs of a model in its place and in evaluation mode.
+
+    ``label`` is the model's name in messages.
+
+    Raises:
+        ModelError: a causal language model sees the tokens that it should predict.
+    """
+    if task is SEQUENCE_CLASSIFICATION and tokenizer is not None:
+        # A decoder's classifier looks for the last token that is no padding, and takes no batch without knowing it.
+        config = model.config.get_text_config()
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+    if task is CAUSAL_LM and _sees_what_follows(model):
+        raise ModelError(
+            f"{label}: as it is configured, {type(model).__name__} sees the tokens that it should predict; "
+            f"set model.task = 'masked-lm', or take a checkpoint made for {task.made_for}"
+        )
+
+
+@torch.no_grad()
+def _sees_what_follows(model: PreTrainedModel) -> bool:
+    """Whether the prediction after the first token depends on the last one, as an encoder's does."""
+    ids = torch.arange(4, 8).repeat(4, 1)
+    ids[:, -1] += torch.arange(4)  # several last tokens, since some may never have been trained, and be alike
+    first = CAUSAL_LM.logits(model, {"input_ids": ids.to(devices_of(model)[0])})[:, 0]
+    return bool((first - first[0]).norm(dim=-1).max() > _LEAK * first[0].norm())
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -183,9 +183,9 @@ def _fused(name: str, heads: Heads, kv: int, *, grouped: bool, by_head: bool) ->
     """q, k and v of a fused projection.
 
     Two layouts are in use: all of q, then all of k, then all of v (GPT-2, Phi-3); and group after group, each the
-    queries of a group with its key and its value (GPT-NeoX, Bloom and Falcon, whose modules are named
-    ``query_key_value``, and GPT-BigCode, whose configuration says ``multi_query``). A third would be split in wrong
-    places, which costs quality and not correctness: the parts are put back where they were.
+    queries of a group with its key and its value (GPT-NeoX and Bloom, whose modules are named ``query_key_value``,
+    and GPT-BigCode, whose configuration says ``multi_query``). A third would be split in wrong places, which costs
+    quality and not correctness: the parts are put back where they were.
     """
     queries = heads.count // kv
     if grouped:

@@ -19,6 +19,7 @@ from rank_search.spec import TargetSpec
 
 _QUERY_OR_VALUE = re.compile(r"(^|_)(q|v|query|value)(_|$)", re.IGNORECASE)
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
+_LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def find_targets(model: nn.Module, spec: TargetSpec) -> tuple[Target, ...]:
     targets = tuple(target for target in candidates if target.name in chosen)
     if not targets:
         raise TargetError(
-            f"no target layer is selected (layers = {spec.layers!r}, {len(candidates)} linear layers in the model); "
-            "name some under targets.include, or see `rank-search layers MODEL`"
+            f"no target layer is selected (layers = {spec.layers!r}, {len(candidates)} linear layers in the model"
+            f"{_told_of_subclasses(model)}); name some under targets.include, or see `rank-search layers MODEL`"
         )
     for target in targets:
         if target.name in untold:
@@ -141,7 +142,7 @@ def _candidates(model: nn.Module, spec: TargetSpec) -> tuple[list[Target], dict[
         # Not named_children, which names a module that stands twice in one parent only once.
         for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
-    linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    linear = [(name, module) for name, module in model.named_modules() if type(module) in _LINEAR]
     stacks = {_INDEX.split(name, maxsplit=1)[0] for name, _ in linear if _INDEX.search(name)}
     candidates: list[Target] = []
     untold: dict[str, str] = {}
@@ -218,11 +219,12 @@ def _matching(pattern: str, candidates: Sequence[Target], model: nn.Module, key:
     found = {t.name for t in candidates if fnmatchcase(t.name, pattern) or fnmatchcase(t.module_name, pattern)}
     if found:
         return found
-    for name, parameter in expert_matrices(model):
+    for name, parameter in other_matrices(model):
         if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern):
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
             raise TargetError(
-                f"targets.{key} pattern {pattern!r} matches {name}, {len(parameter)} matrices in one parameter, which "
-                "must stay dense; name linear layers"
+                f"targets.{key} pattern {pattern!r} matches {name}, a parameter {tuple(parameter.shape)} of {kind}, "
+                "which must stay dense; name linear layers"
             )
     for name, _ in model.named_modules():
         if fnmatchcase(name, pattern):
@@ -234,28 +236,39 @@ def _matching(pattern: str, candidates: Sequence[Target], model: nn.Module, key:
     )
 
 
-def expert_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters (experts, m, n) inside the blocks: the experts of a mixture in one piece, which stay dense."""
+def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of two or three dimensions inside the blocks that no target layer can have: they stay dense.
+
+    The experts of a mixture in one piece, most often. Embeddings and convolutions are none.
+    """
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if type(module) in _LINEAR or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and _INDEX.search(name):
+            if parameter.dim() in (2, 3) and min(parameter.shape) > 1 and _INDEX.search(name):
                 yield name, parameter
 
 
 def told_of_experts(model: nn.Module) -> str | None:
-    """One line about the experts that stay dense, for whoever watches; None where there are none."""
-    matrices = list(expert_matrices(model))
+    """One line about the matrices that stay dense, the largest by name, for whoever watches; None without any."""
+    matrices = list(other_matrices(model))
     if not matrices:
         return None
     total = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.numel() for _, parameter in matrices)
+    largest, _ = max(matrices, key=lambda named: named[1].numel())
     others = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
     return (
-        f"{matrices[0][0]}{others}: matrices of experts in one 3-D parameter are left dense; "
+        f"{largest}{others}: matrices of other modules than nn.Linear (experts of a mixture, say) are left dense; "
         f"they hold {held / total:.1%} of the model"
     )
+
+
+def _told_of_subclasses(model: nn.Module) -> str:
+    """The kinds of linear layers that are none of torch's own, whose matrices may be used in other ways."""
+    others = [module for module in model.modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
+    kinds = ", ".join(sorted({type(module).__name__ for module in others}))
+    return f", and {len(others)} of subclasses that cannot be target layers: {kinds}" if others else ""
 
 
 def _refuse_nothing_split(targets: Sequence[Target], spec: TargetSpec) -> None:

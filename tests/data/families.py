@@ -21,6 +21,10 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -46,6 +50,21 @@ _IMAGE, _CLASSES = 8, 5
 def mistral() -> PreTrainedModel:
     """Grouped queries, a sliding window."""
     return MistralForCausalLM(MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=16))
+
+
+def qwen2() -> PreTrainedModel:
+    """Grouped queries; queries, keys and values have biases, the output projection has none."""
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=2))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    """Experts in one piece, and a shared one of ordinary layers beside them."""
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+            shared_expert_intermediate_size=48,
+        )
+    )  # fmt: skip
 
 
 def qwen3() -> PreTrainedModel:
@@ -95,11 +114,12 @@ def vit() -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Family:
-    """How a model of one family is made, loaded and asked."""
+    """How a model of one family is made, loaded and asked, and whether its heads are tried one by one."""
 
     make: Callable[[], PreTrainedModel]
     task: Task = CAUSAL_LM
     fused: bool = False
+    by_head: bool = True
     auto_class: str = ""
 
     @property
@@ -111,6 +131,8 @@ class Family:
 FAMILIES = {
     "llama": Family(models.llama),
     "mistral": Family(mistral),
+    "qwen2": Family(qwen2, by_head=False),
+    "qwen2_moe": Family(qwen2_moe, by_head=False),
     "qwen3": Family(qwen3),
     "opt": Family(models.opt),
     "gpt2": Family(models.gpt2, fused=True),

@@ -240,9 +240,9 @@ def test_apply_to_a_folder_in_the_way(searched: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--data", "missing.txt", "--sequence-length", "32"], ("missing.txt", "no such file")),
+        (["--data", "missing.txt", "--sequence-length", "32"], ("missing.txt", "no such file", "current folder")),
         (["--data", "python-docs", "--sequence-length", "1"], ("--sequence-length", "2", "1")),
-        (["--data", "python-docs", "--sequence-length", "65"], ("at most 64", "65")),
+        (["--data", "python-docs", "--sequence-length", "65"], ("at most 64", "65", "lower --sequence-length")),
         (["--data", "python-docs", "--device", "cuda:99"], ("'cuda:99'", "'cpu'")),
         (["--data", "python-docs", "--device", "mps"], ("'mps'", "auto, cpu, cuda or cuda:N")),
         (["--data", "python-docs", "--blocks", "0"], ("--blocks", "'0'")),

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM
 
 from rank_search.errors import ModelError
 from rank_search.model.load import LoadedModel, load_model, locate, weights_digest
 from rank_search.model.targets import find_targets
 from rank_search.spec import ModelSpec, TargetSpec
-from tests.data import models
+from tests.data import families, models
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % models.VOCABULARY
@@ -160,6 +160,33 @@ def test_a_model_that_is_no_causal_language_model_is_refused(llama_folder: Path)
     config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     (llama_folder / "config.json").write_text(json.dumps(config))
     _assert_refused(llama_folder, "cannot be loaded: .*T5")
+
+
+def test_an_encoder_is_no_causal_language_model_though_it_loads_as_one(tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    families.bert().save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    assert load_model(ModelSpec(source=str(folder), task="masked-lm"), Path(), CPU).max_length == models.LENGTH
+    _assert_refused(
+        folder,
+        r"^model '.*bert': as it is configured, BertLMHeadModel sees the tokens that it should predict; "
+        r"set model.task = 'masked-lm', or take a checkpoint made for causal language modelling$",
+    )
+
+
+def test_the_first_positions_of_a_roberta_are_those_of_padding(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=models.VOCABULARY, hidden_size=models.HIDDEN, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=models.LENGTH + 2, pad_token_id=1,
+    )  # fmt: skip
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(ModelSpec(source=str(tmp_path), task="masked-lm"), Path(), CPU)
+    assert loaded.max_length == models.LENGTH
+    ids = torch.arange(models.LENGTH + 1)[None] + 5
+    assert loaded.model(input_ids=ids[:, :-1]).logits.shape[1] == loaded.max_length
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        loaded.model(input_ids=ids)
 
 
 def test_remote_code_is_not_run_unless_allowed(llama_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+)
 
 import rank_search as rs
-from rank_search.errors import ModelError
+from rank_search.errors import DataError, ModelError
+from rank_search.metrics.collecting import Metrics
 from rank_search.preparing import prepare
-from rank_search.spec import FinetuneSpec, load_study_file
-from rank_search.task import SEQUENCE_CLASSIFICATION, Examples
+from rank_search.score import score
+from rank_search.spec import DataSpec, FinetuneSpec, load_study_file
+from rank_search.task import SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION, Examples
 from rank_search.train.finetune import finetune
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
@@ -41,10 +51,15 @@ def _table(path: Path) -> str:
     return path.name
 
 
-def _save(model: PreTrainedModel, folder: Path) -> Path:
+def _save(model: PreTrainedModel, folder: Path, *, pads: bool = True, ends: bool = False) -> Path:
+    """A model with a tokenizer that knows padding, and puts an end to every text, where asked."""
     model.save_pretrained(folder)
     tokenizer = copy.deepcopy(models.tokenizer())
-    tokenizer.pad_token = tokenizer.eos_token
+    if pads:
+        tokenizer.pad_token = tokenizer.eos_token
+    if ends:
+        end = str(tokenizer.eos_token)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", None, [(end, 0)])
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -133,9 +148,36 @@ def test_a_study_scores_its_test_table_by_its_own_metrics(study: StudyFactory, c
     path.write_text(text, encoding="utf-8")
     found = rs.evaluate(str(classifier), study=path)
     assert (found.tokens, set(found.metrics), found.unit) == (1, {"accuracy", "f1"}, "example")
+    on_pairs = rank_search(
+        "evaluate", classifier, "--data", path.parent / "table.jsonl", "--task", "sequence-classification",
+        "--pair-column", "nothing", "--sequence-length", "32",
+    )  # fmt: skip
+    assert on_pairs.code == 2
+    assert "'nothing'" in on_pairs.err
 
 
-def test_a_trial_of_folds_is_their_mean_and_stores_their_spread(study: StudyFactory) -> None:
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_decoders_classifier_learns_from_the_tokenizer_what_padding_is(pads: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=models.VOCABULARY, n_embd=models.HIDDEN, n_layer=1, n_head=2, n_positions=models.LENGTH,
+        bos_token_id=0, eos_token_id=0, label2id=LABELS, id2label={0: "left", 1: "right"},
+    )  # fmt: skip
+    assert config.pad_token_id is None
+    source = str(_save(GPT2ForSequenceClassification(config).eval(), tmp_path / "model", pads=pads))
+    data = DataSpec(train=str(tmp_path / _table(tmp_path / "table.jsonl")), sequence_length=32)
+    if not pads:
+        with pytest.raises(
+            DataError, match=r"^the model's tokenizer has no padding token, which examples of many leng"
+        ):
+            rs.evaluate(source, data, task="sequence-classification")
+        return
+    found = [rs.evaluate(source, data, task="sequence-classification", batch_blocks=size) for size in (1, 16)]
+    assert found[0].loss == pytest.approx(found[1].loss, abs=1e-5)
+    assert found[0].tokens == 150
+
+
+def test_a_trial_of_folds_is_their_mean_and_stores_their_spread(study: StudyFactory, tmp_path: Path) -> None:
     data = {"train_blocks": None, "validation_blocks": None, "calibration_blocks": 30}
     path = study(data=data, validation={"folds": 3, "metrics": ["accuracy"]})
     front = rs.run(path, trials=2)
@@ -148,6 +190,23 @@ def test_a_trial_of_folds_is_their_mean_and_stores_their_spread(study: StudyFact
     assert "over" in rank_search("front", path).out
     row = json.loads(rank_search("front", path, "--json").out)[0]
     assert row["fold_deviation"] == pytest.approx(front[0].measurement.fold_deviation)
+    rs.export(path, trial=0).write(tmp_path / "map.json", folder=path.parent)
+    told = rank_search("apply", tmp_path / "map.json", "-o", tmp_path / "out", "--device", "cpu").out
+    assert f"wrote {tmp_path / 'out'}: on the text of its own fine-tune, loss " in told
+    assert "(tuned, mean over 3 folds, each left out of a fine-tune)" in told
+    _evaluates_as_told(told)
+    sliced = rank_search("apply", tmp_path / "map.json", "-o", tmp_path / "sliced", "--no-finetune", "--device", "cpu")
+    assert f"wrote {tmp_path / 'sliced'}: loss " in sliced.out
+
+
+def _evaluates_as_told(told: str) -> None:
+    """The command that ``apply`` prints runs, task and columns and all."""
+    (line,) = (line for line in told.splitlines() if line.startswith("Evaluate it: "))
+    assert line.endswith("  # it was made with some of this text; name another one")
+    _, *command = shlex.split(line.removeprefix("Evaluate it: "), comments=True)
+    found = rank_search(*command, "--device", "cpu")
+    assert (found.code, found.err) == (0, "")
+    assert "nats per example" in found.out
 
 
 def test_every_fold_starts_from_the_sliced_factors(study: StudyFactory) -> None:
@@ -167,18 +226,28 @@ def test_every_fold_starts_from_the_sliced_factors(study: StudyFactory) -> None:
 
 
 def test_texts_are_written_and_compared(tiny_study: StudyFactory, tmp_path: Path) -> None:
-    source = _save(families.trained("t5"), tmp_path / "model")
+    """A model that knows a few targets by heart writes them all, and none of those of the next row."""
+    source = _save(families.trained("t5"), tmp_path / "model", ends=True)
+    words = dict.fromkeys(word for word in models.text(20_000).split() if word.isalpha() and len(word) > 3)
+    rows = [{"text": f"{word} of", "target": word} for word in list(words)[:4]]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     path = tiny_study(
         "llama",
         model={"source": str(source), "task": "seq2seq-lm"},
-        data={"train": _table(tmp_path / "table.jsonl")},
+        data={"train": _table(tmp_path / "table.jsonl"), "validation": "held.jsonl", "validation_blocks": 4},
         validation={"metrics": ["exact_match", "perplexity"]},
         finetune={"steps": 1},
     )
-    evaluator = Evaluator(prepare(load_study_file(path)))
-    dense = evaluator.score()
-    assert dense.metrics["perplexity"] == pytest.approx(dense.perplexity, rel=1e-5)
-    assert 0 <= dense.metrics["exact_match"] <= 1
+    prepared = prepare(load_study_file(path))
+    held = Examples.of(SEQ2SEQ_LM, prepared.splits.validation.columns)
+    by_heart = FinetuneSpec(steps=80, batch_blocks=4, train="all", dense_learning_rate=1e-2)
+    finetune(prepared.model, [], held, by_heart, seed=0)
+    found = Evaluator(prepared).score()
+    assert found.metrics["exact_match"] == 1
+    assert found.metrics["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    others = Examples(SEQ2SEQ_LM, {**held.tensors, "labels": held.tensors["labels"].roll(1, 0)})
+    metrics = Metrics(["exact_match"], SEQ2SEQ_LM, prepared.loaded.tokenizer)
+    assert score(prepared.model, others, batch_blocks=8, observer=metrics).metrics == {"exact_match": 0}
 
 
 def test_an_encoder_without_a_head_is_no_classifier(tmp_path: Path, tiny_study: StudyFactory) -> None:

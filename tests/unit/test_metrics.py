@@ -83,6 +83,14 @@ def test_a_metric_that_the_hub_does_not_give_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", "/proc/none/modules")
+    with pytest.raises(
+        MetricError, match=r"^metric 'accuracy' cannot be kept in the cache: .*'/proc/none'; name a fold"
+    ):
+        check_metrics(["accuracy"])
+
+
 def test_a_metric_is_never_taken_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")

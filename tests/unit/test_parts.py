@@ -13,6 +13,8 @@ from transformers import (
     BloomForCausalLM,
     CodeGenConfig,
     CodeGenForCausalLM,
+    DbrxConfig,
+    DbrxForCausalLM,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     ModernBertConfig,
@@ -288,18 +290,29 @@ def test_nothing_to_split_is_refused(spec: TargetSpec, message: str) -> None:
 def test_experts_in_one_piece_stay_dense_and_are_told_of() -> None:
     model = families.mixtral()
     assert {t.shape.group.split(".")[0] for t in find_targets(model, TargetSpec())} == {"self_attn"}
-    held = 2 * 4 * (2 * 48 + 48) * HIDDEN / model.num_parameters()
+    held = 2 * 4 * (2 * 48 + 48 + 1) * HIDDEN / model.num_parameters()  # and a router's row for every expert
     assert told_of_experts(model) == (
-        "model.layers.0.mlp.experts.gate_up_proj and 3 more: matrices of experts in one 3-D parameter are left dense; "
-        f"they hold {held:.1%} of the model"
+        "model.layers.0.mlp.experts.gate_up_proj and 5 more: matrices of other modules than nn.Linear (experts of a "
+        f"mixture, say) are left dense; they hold {held:.1%} of the model"
     )
     assert told_of_experts(models.make("llama")) is None
     assert told_of_experts(families.vit()) is None, "positions and class tokens are no experts"
     for pattern in ("*.0.mlp.experts", "*experts.down_proj"):
-        with pytest.raises(
-            TargetError, match=r"experts.*, 4 matrices in one parameter, which must stay dense; name li"
-        ):
+        with pytest.raises(TargetError, match=r"experts\.\w+, a parameter \(4, .*, which must stay dense; name linear"):
             find_targets(model, TargetSpec(include=(pattern,)))
+
+
+def test_experts_with_their_rows_one_after_the_other_are_told_of() -> None:
+    config = DbrxConfig(
+        d_model=HIDDEN, n_heads=4, n_layers=1, max_seq_len=LENGTH, vocab_size=VOCABULARY,
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    )  # fmt: skip
+    told = told_of_experts(DbrxForCausalLM(config))
+    assert told is not None
+    assert told.startswith(
+        "transformer.blocks.0.ffn.experts.mlp.w1 and 2 more: matrices of other modules than nn.Linear"
+    )
 
 
 def test_what_runs_leave() -> None:

@@ -152,6 +152,15 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     block = nn.ModuleDict({"plain": nn.Linear(4, 4), "scaled": Scaled(4, 4), "mha": nn.MultiheadAttention(4, 2)})
     model = nn.ModuleDict({"layers": nn.ModuleList([block])})
     assert [target.name for target in find_targets(model, TargetSpec())] == ["layers.0.plain"]
+    with pytest.raises(
+        TargetError,
+        match=r"1 linear layers in the model, and 2 of subclasses that cannot be .*: NonDynamicallyQ.*Linear, Scaled\)",
+    ):
+        find_targets(model, TargetSpec(exclude=("*.plain",)))
+    with pytest.raises(
+        TargetError, match=r"matches layers.0.scaled.weight, a parameter \(4, 4\) of Scaled, which must"
+    ):
+        find_targets(model, TargetSpec(include=("*.scaled",)))
 
 
 def test_an_encoders_and_a_decoders_layers_are_of_different_types() -> None:

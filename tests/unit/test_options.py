@@ -1,0 +1,36 @@
+"""Options of commands that go without a study file, in messages that were written for one."""
+
+from __future__ import annotations
+
+import pytest
+
+from rank_search.cli.options import keys_as_options
+from rank_search.errors import InputError, ModelError
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("lower data.sequence_length", "lower --sequence-length"),
+        ("lower data.sequence_length.", "lower --sequence-length."),
+        ("set model.task = 'masked-lm', or", "give --task masked-lm, or"),
+        ("set model.trust_remote_code = true if you trust it", "give --trust-remote-code if you trust it"),
+        ('exclude it or set targets.granularity = "matrix"', "exclude it or give --granularity matrix"),
+        ("exclude it or set targets.split_qkv = false", "exclude it or leave out --split-qkv"),
+        ("targets.split_qkv = true, but no fused QKV", "--split-qkv, but no fused QKV"),
+        ("data.train and data.train_split", "--data and --split"),
+        ("a relative path starts from the study file's folder", "a relative path starts from the current folder"),
+    ],
+)
+def test_keys_of_the_study_file_are_told_as_options(message: str, told: str) -> None:
+    with pytest.raises(InputError) as caught, keys_as_options():
+        raise InputError(message)
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp", "targets.frozen", "./data.train", "data.train/x", "data.column.csv"]
+)
+def test_names_of_modules_and_files_stay_as_they_are(name: str) -> None:
+    with pytest.raises(ModelError, match=f"^{name} must stay dense$"), keys_as_options():
+        raise ModelError(f"{name} must stay dense")
