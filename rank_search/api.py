@@ -252,7 +252,8 @@ def apply(
     """Write the compressed model of a rank map file as a checkpoint folder, and return its validation loss.
 
     The factor bank of the file's recipe is opened, or built anew. With ``finetune`` the trial's short fine-tune is
-    repeated, so that the checkpoint is the model whose loss was measured.
+    repeated, so that the checkpoint is the model whose loss was measured; of a study with folds, one model is tuned on
+    all of them, and the loss is of text that it has seen.
 
     Args:
         model: another place of the same weights (hub id, folder or GGUF file).

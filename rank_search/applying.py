@@ -19,7 +19,7 @@ from rank_search.export.rank_map_file import RankMapFile
 from rank_search.metrics.collecting import Metrics, check_metrics
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
-from rank_search.preparing import Prepared, maker_for, prepare
+from rank_search.preparing import maker_for, prepare
 from rank_search.progress import SILENT, Progress
 from rank_search.score import Score, score
 from rank_search.spec import ModelSpec, StudyFile, StudySpec
@@ -65,9 +65,10 @@ def apply_rank_map(
         spec=_recipe(file, model, finetune, device, trust_remote_code=trust_remote_code), folder=path.parent
     )
     prepared = prepare(
-        study, progress=progress, check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest)
-    )
-    _check_calibration(file, prepared)
+        study, progress=progress, nested=file.rank_map,
+        check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest),
+        check_text=lambda splits: _check_calibration(file, splits.calibration_digest),
+    )  # fmt: skip
     evaluator = Evaluator(prepared)
     with evaluator.applied(file.rank_map, progress) as applied:
         with progress.step("checkpoint"):
@@ -85,13 +86,12 @@ def apply_rank_map(
     return ModelScore(result, num_params, prepared.loaded.task.unit)
 
 
-def _check_calibration(file: RankMapFile, prepared: Prepared) -> None:
+def _check_calibration(file: RankMapFile, now: str) -> None:
     """Other calibration blocks give other factors, and a model that nobody measured.
 
     Raises:
         RankMapError: the text is not what it was when the rank map was made.
     """
-    now = prepared.splits.calibration_digest
     if file.digests.calibration not in (None, now):
         raise RankMapError(
             f"the rank map was made with calibration blocks {str(file.digests.calibration)[:12]}, but "

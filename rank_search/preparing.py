@@ -28,7 +28,7 @@ from rank_search.model.load import LoadedModel, load_model
 from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_experts
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import RankSpace
+from rank_search.ranks import RankMap, RankSpace
 from rank_search.spec import StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
@@ -88,15 +88,17 @@ def prepare(
     study: StudyFile,
     *,
     progress: Progress = SILENT,
-    nested: bool = True,
+    nested: bool | RankMap = True,
     check: Callable[[RankSpace, str], object] = lambda _space, _weights_digest: None,
+    check_text: Callable[[Splits], object] = lambda _splits: None,
     turn: Turn | None = None,
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
-    In nested mode the banks of its ranges are made, too, unless ``nested`` is False: allocations do not need them.
-    ``check`` may refuse the rank space or the digest of the weights before anything is computed or written. ``turn``
-    has the workers of several hosts build a bank once; without it, those of this host do.
+    In nested mode the banks of its ranges are made, too: all, the one of a rank map, or (False) none, which allocations
+    do not need. ``check`` may refuse the rank space or the digest of the weights, ``check_text`` the blocks, before
+    anything is computed or written. ``turn`` has the workers of several hosts build a bank once; without it, those of
+    this host do.
 
     Raises:
         InputError: what the study file asks for is not there or does not fit together.
@@ -122,13 +124,15 @@ def prepare(
     Checkpoints.in_folder(study.work_dir, spec.run).remove_stale()
     loaded_at = time.perf_counter()
     splits = maker_for(loaded).splits(spec.data, study.folder, study.work_dir, progress, spec.validation.folds)
+    check_text(splits)
     blocks_at = time.perf_counter()
     times = BuildTimes()
     bank = _bank(study, loaded, targets, space, splits, times, progress, turn)
     bank_at = time.perf_counter()
     trial_banks = TrialBanks.single(bank)
-    if nested and spec.finetune.mode == "nested":
-        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn)
+    if nested is not False and spec.finetune.mode == "nested":
+        only = None if nested is True else space.kept_of_targets(nested)
+        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn, only)
     return Prepared(
         study, loaded, devices[0], targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
@@ -183,9 +187,9 @@ class _TakenByAnotherError(Exception):
 
 def _nested_banks(
     study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
-    bank: FactorBank, progress: Progress, turn: Turn | None,
+    bank: FactorBank, progress: Progress, turn: Turn | None, only: float | None = None,
 ) -> TrialBanks:  # fmt: skip
-    """Open the banks of the study's nested fine-tune, or train them.
+    """Open the banks of the study's nested fine-tune, or train them; that of the kept fraction ``only``, if given.
 
     Ranges are trained apart from each other: what is finished stays when the rest is interrupted, and processes that
     start together (one a GPU, say) take one each.
@@ -235,13 +239,15 @@ def _nested_banks(
     def leave() -> None:
         raise _TakenByAnotherError
 
+    tops = tuple(high for _, high in ranges)
+    wanted = range(len(ranges)) if only is None else (TrialBanks.place(tops, only),)
     made: dict[int, FactorBank] = {}
-    for number in range(len(ranges)):
+    for number in wanted:
         with suppress(_TakenByAnotherError):  # those that nobody makes now come first
             made[number] = make(number, leave)
 
     def tell() -> None:
         progress.say("another process is making a nested fine-tune; waiting")
 
-    banks = tuple(made[number] if number in made else make(number, tell) for number in range(len(ranges)))
-    return TrialBanks(banks, tuple(high for _, high in ranges))
+    banks = tuple(made[number] if number in made else make(number, tell) for number in wanted)
+    return TrialBanks(banks, tops) if only is None else TrialBanks.single(*banks)

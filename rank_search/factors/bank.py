@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +145,12 @@ class TrialBanks:
 
     def at(self, kept: float) -> FactorBank:
         """The bank whose range holds ``kept``; outside of all, the nearest."""
-        return self.banks[min(bisect_left(self.tops, kept), len(self.banks) - 1)]
+        return self.banks[self.place(self.tops, kept)]
+
+    @staticmethod
+    def place(tops: Sequence[float], kept: float) -> int:
+        """Which of the ranges holds ``kept``."""
+        return min(bisect_left(tops, kept), len(tops) - 1)
 
     @property
     def digest(self) -> str:

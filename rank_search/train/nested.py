@@ -28,7 +28,7 @@ from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoint
 from rank_search.train.finetune import Group, factor_groups, fused_if_worth_it, train_steps
 
-LIFT = 0.25
+LIFT = 0.1
 """Of its width, by how much a range is trained above where it serves: within a range the small kept fractions fare
 better than the large ones, whose last factors take part in few steps."""
 
