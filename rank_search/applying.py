@@ -74,7 +74,7 @@ def apply_rank_map(
         with progress.step("checkpoint"):
             layers: Layers = applied.layers
             if file.storage == "pivoted" and form == "factored":
-                layers = {name: PivotedLinear.of(layer) for name, layer in applied.layers.items()}
+                layers = {name: PivotedLinear.of(layer, name) for name, layer in applied.layers.items()}
                 place(prepared.targets, layers)
             save_checkpoint(
                 prepared.loaded, prepared.targets, layers, out, form=form, dtype=DTYPES[dtype],

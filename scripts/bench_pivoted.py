@@ -10,6 +10,7 @@ error in two-factor storage.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -65,10 +66,8 @@ def _row(prepared: Prepared, kept: float) -> dict[str, object]:
 
 
 def _error(module: nn.Module, x: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    module.to(dtype)
-    error = float((module(x.to(dtype)).double() - exact).norm() / exact.norm())
-    module.float()
-    return error
+    rounded = copy.deepcopy(module).to(dtype)  # a copy: the next dtype rounds the float32 weights, not these
+    return float((rounded(x.to(dtype)).double() - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor, nn
 
 from rank_search.compress.low_rank import LowRankLinear
+from rank_search.errors import DecompositionError
 
 GROWTH = 1.05
 """Rows are exchanged until no coefficient is larger than this in magnitude."""
-_MAX_EXCHANGES = 10_000
+_EXCHANGES_BEFORE_SOLVING = 1_000
+"""After so many exchanges the coefficients are solved for anew, so that the updates' rounding errors stay small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +42,50 @@ class Rows:
         return float(self.coefficients.abs().max()) if self.coefficients.numel() else 0.0
 
 
-def independent_rows(B: Float[Tensor, "m rank"]) -> Rows:
+def independent_rows(B: Float[Tensor, "m rank"], name: str = "(unnamed)") -> Rows:
     """r rows of ``B`` that span all others with small coefficients.
 
     Partial pivoting on an orthonormal basis of B's columns gives the first choice; then the largest coefficient's row
     replaces the row that it multiplies, as long as that enlarges the kept rows' volume by more than 5 % (Goreinov et
     al., "How to find a good submatrix", 2010). B of smaller rank than r is completed: its basis is orthonormal anyway.
+    The volume of an orthonormal basis's rows is at most 1, so the exchanges come to an end.
+
+    Raises:
+        DecompositionError: ``B``, of the layer ``name``, holds NaN or infinity.
     """
     m, rank = B.shape
+    if not bool(torch.isfinite(B).all()):
+        raise DecompositionError(
+            name, f"its {m} x {rank} outer factor is not finite, so it has no independent rows; lower the learning rate"
+        )
     Q, _ = torch.linalg.qr(B.double())
     _, pivots = torch.linalg.lu_factor(Q)
-    order = _permutation(pivots, m)
-    # Coefficients of all rows over the kept ones; a kept row's are a unit vector.
-    C = torch.linalg.solve(Q[order[:rank]].T, Q.T).T
-    kept = order[:rank].clone()
-    for _ in range(_MAX_EXCHANGES):
+    kept = _permutation(pivots, m)[:rank].clone()
+    while True:
+        # Coefficients of all rows over the kept ones; a kept row's are a unit vector.
+        C = torch.linalg.solve(Q[kept].T, Q.T).T
+        if not _exchange(C, kept):
+            break
+    inside = torch.zeros(m, dtype=torch.bool, device=B.device)
+    inside[kept] = True
+    rest = torch.arange(m, device=B.device)[~inside]
+    return Rows(kept, rest, C[rest])
+
+
+def _exchange(C: Float64[Tensor, "m rank"], kept: Int64[Tensor, " rank"]) -> bool:
+    """Exchange kept rows, in place, until no coefficient is large or many were exchanged; whether any was."""
+    for exchanged in range(_EXCHANGES_BEFORE_SOLVING):
         position = int(C.abs().argmax())
-        i, j = divmod(position, rank)
+        i, j = divmod(position, C.shape[1])
         value = C[i, j].clone()
         if float(value.abs()) <= GROWTH:
-            break
+            return exchanged > 0
         # Rank-one update: row i comes in for the j-th kept row.
         step = C[i].clone()
         step[j] -= 1
         C -= torch.outer(C[:, j] / value, step)
         kept[j] = i
-    inside = torch.zeros(m, dtype=torch.bool, device=B.device)
-    inside[kept] = True
-    rest = torch.arange(m, device=B.device)[~inside]
-    # Solved once more: the updates' rounding errors do not stay.
-    T = torch.linalg.solve(Q[kept].T, Q[rest].T).T
-    return Rows(kept, rest, T)
+    return True
 
 
 class PivotedLinear(nn.Module):
@@ -83,7 +98,7 @@ class PivotedLinear(nn.Module):
         self,
         kept: Float[Tensor, "rank n"],
         coefficients: Float[Tensor, "rest rank"],
-        order: Int64[Tensor, " m"],
+        order: Int[Tensor, " m"],
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
@@ -96,12 +111,17 @@ class PivotedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def of(cls, layer: LowRankLinear) -> PivotedLinear:
-        """The same function as a layer in two-factor storage."""
+    def of(cls, layer: LowRankLinear, name: str = "(unnamed)") -> PivotedLinear:
+        """The same function as a layer in two-factor storage.
+
+        Raises:
+            DecompositionError: the outer factor of the layer ``name`` holds NaN or infinity.
+        """
         outer, inner = layer.outer.weight.detach(), layer.inner.weight.detach()
-        rows = independent_rows(outer)
+        rows = independent_rows(outer, name)
         kept = outer[rows.kept].double() @ inner.double()
-        order = torch.cat([rows.kept, rows.rest]).argsort()
+        # Stored with the layer: half of the bytes of what argsort gives, and an index of 16 bits is none to torch.
+        order = torch.cat([rows.kept, rows.rest]).argsort().to(torch.int32)
         bias = layer.outer.bias
         return cls(kept.to(inner.dtype), rows.coefficients.to(outer.dtype), order, bias)
 

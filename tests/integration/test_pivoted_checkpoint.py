@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rank_search as rs
 from rank_search.compress.checkpoint import load_checkpoint, save_checkpoint
@@ -52,6 +53,16 @@ def test_a_study_that_counts_it_ends_in_a_checkpoint_of_that_size(tiny_study: St
     assert sum(parameter.numel() for parameter in model.parameters()) == file.num_params == applied.num_params
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["low_rank"]["storage"] == "pivoted"
+    logits = _logits(model)
+    _with_orders_of_64_bits(tmp_path / "out" / "model.safetensors")  # as in checkpoints of earlier versions
+    assert torch.equal(_logits(load_checkpoint(tmp_path / "out", CPU).model), logits)
+
+
+def _with_orders_of_64_bits(path: Path) -> None:
+    tensors = load_file(path)
+    orders = {name: tensor for name, tensor in tensors.items() if name.endswith(".order")}
+    assert {order.dtype for order in orders.values()} == {torch.int32}
+    save_file(tensors | {name: order.long() for name, order in orders.items()}, path, {"format": "pt"})
 
 
 def test_other_calibration_text_is_refused(tiny_study: StudyFactory, tmp_path: Path) -> None:
