@@ -144,9 +144,10 @@ def written_line(path: object, file: RankMapFile) -> str:
     """What a rank map file holds."""
     found = file.measurement
     loss = "not measured" if found is None else f"loss {_loss(found.loss, found.standard_error)}"
+    other, count = file.num_params_otherwise
     return (
         f"wrote {path}: {file.allocation}, kept {file.kept_of_targets:.4f} of the target layers and "
-        f"{file.kept_of_model:.4f} of the model, {file.num_params:,} parameters, {loss}"
+        f"{file.kept_of_model:.4f} of the model, {file.num_params:,} parameters ({count:,} in {other} storage), {loss}"
     )
 
 

@@ -127,6 +127,14 @@ class RankMapFile(_Part):
     recipe: StudySpec
     """The study file; its relative paths are relative to this file."""
 
+    @property
+    def num_params_otherwise(self) -> tuple[Storage, int]:
+        """The other storage form, and the parameters of the whole model in it: pivoted takes r² less for rank r."""
+        squares = sum(rank**2 for rank in self.ranks.values())
+        if self.storage == "pivoted":
+            return "two-factor", self.num_params + squares
+        return "pivoted", self.num_params - squares
+
     @model_validator(mode="after")
     def _ranks_of_target_layers(self) -> RankMapFile:
         for name in self.ranks:

@@ -196,8 +196,8 @@ def test_export_writes_the_chosen_rank_map(
 
 def test_export_of_a_trial_off_the_front(study: Path, tmp_path: Path) -> None:
     path = tmp_path / "rank_map.json"
-    assert rank_search("export", study, "--trial", "1", "-o", path).code == 0
-    assert RankMapFile.read(path).allocation == "trial 1 (uniform 0.8)"
+    assert rank_search("export", study, "--trial", "2", "-o", path).code == 0
+    assert RankMapFile.read(path).allocation == "trial 2 (uniform 0.8)"
 
 
 def test_allocate_is_the_seed_of_the_search(study: Path, tmp_path: Path) -> None:

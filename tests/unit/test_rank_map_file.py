@@ -97,6 +97,8 @@ def test_counts_are_those_of_the_storage_form() -> None:
     assert file.kept_of_model == 360 / 400
     pivoted = RankMapFile.of(RANKS, SPACE.with_storage("pivoted"), RECIPE, weights_digest="x", allocation="by hand")
     assert pivoted.num_params == 144 + 2 * 14 + 5 * 19 + 64
+    assert file.num_params_otherwise == ("pivoted", pivoted.num_params)
+    assert pivoted.num_params_otherwise == ("two-factor", file.num_params)
 
 
 def test_all_target_layers_are_listed_and_dense_ones_have_no_rank(tmp_path: Path) -> None:
