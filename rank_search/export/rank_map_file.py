@@ -220,7 +220,7 @@ class RankMapFile(_Part):
         try:
             write_atomically(path, moved.text().encode())
         except OSError as error:
-            raise RankMapError(f"rank map file {path} cannot be written: {error.strerror}") from None
+            raise RankMapError(f"rank map file {path} cannot be written: {error.strerror}; write elsewhere") from None
 
     def text(self) -> str:
         """The file's content, its paths as they are."""

@@ -1,30 +1,45 @@
-"""Processes that are killed where it hurts: between two statements of a migration or of a claim, and in mid-write."""
+"""Processes that are killed where it hurts: between two statements of a migration or of a claim, and in mid-write.
+
+And anywhere at all, ``RANK_SEARCH_TEST_KILLS`` times, 2 by default.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from functools import partial
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import psutil
 import pytest
 from alembic import command
 from sqlalchemy import Engine, event
 
 from rank_search.factors import tensor_files
 from rank_search.factors.bank import open_bank, open_or_build
+from rank_search.launch import exits
 from rank_search.study.consistency import check_database
 from rank_search.study.engine import make_engine
 from rank_search.study.optuna_study import OptunaStudy
-from rank_search.study.records import State
+from rank_search.study.records import FINISHED, State
 from rank_search.study.schema import alembic_config, ensure_schema, head, version_of
 from rank_search.study.store import StudyStore
 from tests.contract.conftest import BACKENDS
+from tests.contract.supervised import launched
 from tests.contract.synthetic import open_study, run_trials
+from tests.contract.test_launch import gone, until
 from tests.contract.test_leases import let_leases_run_out
 from tests.unit.test_bank import KEY
 from tests.unit.test_bank import _factors as make_factors
+
+KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "2"))
+"""Of a supervisor or of one of its workers; more of them for a soak."""
+MORE = 6
+"""Trials after the last kill."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -142,3 +157,82 @@ def test_a_bank_whose_builder_is_killed_is_built_by_the_next(
     bank = open_or_build(tmp_path, KEY, build, {})  # type: ignore[arg-type]
     assert built == [1]
     assert [file.name for file in bank.path.parent.iterdir() if file.suffix != ".lock"] == [bank.path.name]
+
+
+# A short run is on one kind of database, for its time goes into starting processes.
+@pytest.mark.parametrize("backend", BACKENDS if KILLS > 2 else ["postgresql"])
+def test_supervisors_and_workers_killed_at_random_lose_nothing(
+    empty_storage: str, tmp_path: Path, processes: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK_SEARCH_TEST_LARGER", "40")  # else long runs would propose the same rank maps again
+    rng = random.Random(0)
+    whom = ["supervisor", "worker", *rng.choices(["supervisor", "worker"], k=max(0, KILLS - 2))][:KILLS]
+    seen: set[int] = set()
+    supervisor = start(processes, empty_storage, tmp_path, 10**6)
+    try:
+        for one in whom:
+            if not supervisor.is_alive():
+                supervisor = start(processes, empty_storage, tmp_path, 10**6)
+            if one == "worker":
+                until(partial(workers_of, supervisor))
+            time.sleep(rng.uniform(0.1, 1.6))  # in making the tables and the bank, too, where there is none yet
+            assert supervisor.is_alive()
+            if one == "worker":  # it may just be between two
+                until(partial(workers_of, supervisor))
+            workers = workers_of(supervisor)
+            seen.update(workers)
+            kill(supervisor.pid if one == "supervisor" else rng.choice(workers))
+            supervisor.join(0 if one == "worker" else 10)
+        seen.update(workers_of(supervisor))
+        supervisor.terminate()
+        supervisor.join(30)
+        assert supervisor.exitcode in {exits.PREEMPTED, -signal.SIGKILL}
+        until(lambda: gone(seen))
+        supervisor = start(processes, empty_storage, tmp_path, MORE)
+        supervisor.join(60)
+        assert supervisor.exitcode == exits.DONE
+    finally:
+        supervisor.kill()
+        supervisor.join()
+    assert_nothing_is_lost(empty_storage)
+    bank = open_bank(tmp_path, KEY)
+    assert bank is not None
+    assert {name: bank[name].sigma.tolist() for name in make_factors()} == {
+        name: factors.sigma.tolist() for name, factors in make_factors().items()
+    }
+    assert [file.name for file in bank.path.parent.iterdir() if file.suffix != ".lock"] == [bank.path.name]
+
+
+def start(processes: ForkServerContext, storage: str, folder: Path, more: int) -> ForkServerProcess:
+    supervisor = processes.Process(target=launched, args=(storage, folder, more))
+    supervisor.start()
+    return supervisor
+
+
+def workers_of(supervisor: ForkServerProcess) -> list[int]:
+    """Process ids; none of one that has just ended."""
+    try:
+        return [child.pid for child in psutil.Process(supervisor.pid).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def assert_nothing_is_lost(storage: str) -> None:
+    """What must hold after any number of kills, when a launch has come to its end."""
+    with StudyStore(storage) as store:
+        found = store.trials("tiny")
+        assert store.front("tiny") == store.recompute_front("tiny")
+    assert {trial.state for trial in found} <= {State.COMPLETE, State.REQUEUED, State.SKIPPED, State.FAILED}
+    assert all(trial.reason for trial in found if trial.state is State.FAILED)
+    finished = [trial for trial in found if trial.state in FINISHED]
+    assert len(finished) >= MORE
+    measured = [trial.rank_map.digest for trial in found if trial.state is State.COMPLETE]
+    assert len(set(measured)) == len(measured)
+    sources = [trial.source for trial in finished]
+    assert [sources.count(seed) for seed in ("closed form 0.5", "uniform 0.5")] == [1, 1]
+    assert check_database(storage) == ()

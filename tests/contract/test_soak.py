@@ -26,6 +26,8 @@ SECONDS = 0.05
 LARGER = "40"
 """Sides of the made-up model's layers: so large that hardly two proposals are one rank map."""
 IS_LONG = TRIALS >= 1000
+LEAST_RATE = 25.0
+"""Trials a second on 2 cores that the database is on, too; a short run is over before a rate says anything."""
 WORKERS = {"postgresql": 16 if IS_LONG else 6, "sqlite": 4 if IS_LONG else 3}
 """As many as the figures are of; in a short run they would do little but start."""
 
@@ -72,6 +74,7 @@ def test_many_workers_lose_and_double_nothing(backend: str, storage: str, tmp_pa
     }  # fmt: skip
     assert check_database(storage) == ()
     rate = pace(trials)
+    assert rate >= LEAST_RATE or not IS_LONG
     print(f"\n{backend}, {len(workers)} workers, {len(measured)} trials of {SECONDS * 1000:.0f} ms: {rate:.1f} a second"
           f" from the first to the last, {states[State.SKIPPED]} skipped, {wall:.0f} s with the starts")  # fmt: skip
 

@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from rank_search.study.portable import dump_study, load_study
 from rank_search.study.records import State
 from rank_search.study.rows import STUDIES, reflected, rows_of, snapshot, study_tables
 from rank_search.study.store import StudyStore
-from tests.contract.synthetic import measure, open_study, run_trials
+from tests.contract.synthetic import measure, open_study, run_trials, worker_measures
 
 
 @pytest.fixture
@@ -68,6 +70,32 @@ def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str
         proposals.append([(p.number, p.source, p.rank_map) for p in run_trials(study, 3)])
         study.close()
     assert proposals[0] == proposals[1]
+
+
+def test_a_file_that_is_written_while_workers_measure_is_the_study_at_one_moment(
+    storage: str, other: str, processes: ForkServerContext
+) -> None:
+    open_study(storage).close()
+    files: list[bytes] = []
+    with processes.Pool(2) as pool:
+        workers = [pool.apply_async(worker_measures, (storage, 8)) for _ in range(2)]
+        while not all(worker.ready() for worker in workers):
+            files.append(dump_study(storage, "tiny"))
+            time.sleep(0.02)
+        for worker in workers:
+            worker.get()
+    different = list(dict.fromkeys(files))
+    load_study(other, different[len(different) // 2], "the file")
+    assert check_database(other) == ()
+    with StudyStore(storage) as store:
+        at_last = {t.number: t.measurement for t in store.trials("tiny") if t.state is State.COMPLETE}
+    with StudyStore(other) as store:
+        trials = store.trials("tiny")
+        assert store.front("tiny") == store.recompute_front("tiny")
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    measured = {t.number: t.measurement for t in trials if t.state is State.COMPLETE}
+    assert measured.items() <= at_last.items()
+    assert 0 < len(measured) < len(at_last)  # they were at work
 
 
 def test_the_file_of_an_imported_study_is_the_same_but_for_ids(storage: str, other: str) -> None:

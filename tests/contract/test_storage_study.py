@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -11,7 +12,8 @@ import optuna
 import pytest
 from sqlalchemy.engine import make_url
 
-from rank_search.errors import StorageError, StudyMismatchError
+from rank_search.errors import StorageError, StudyMismatchError, TrialError
+from rank_search.study.consistency import check_database
 from rank_search.study.records import State
 from rank_search.study.recovery import MAX_REQUEUES
 from rank_search.study.store import StudyStore
@@ -52,6 +54,29 @@ def test_the_front_is_stored_with_the_trials(storage: str) -> None:
         assert study.front() == store.recompute_front("tiny")
         assert study.finished() == len(store.trials("tiny")) == 9
     study.close()
+
+
+def test_objectives_that_are_not_finite_are_refused_and_the_trial_can_fail_with_the_reason(storage: str) -> None:
+    study = open_study(storage, **LADDER)
+    run_trials(study, 1)
+    bad = [("loss", math.nan), ("loss", math.inf), ("loss", -math.inf), ("num_params", math.inf)]
+    for name, value in bad:
+        proposal = study.ask()
+        measurement = measure(proposal.rank_map)
+        object.__setattr__(measurement, name, value)  # its own check refuses such a loss, but may be passed by
+        with pytest.raises(TrialError, match=r"^objectives must be finite numbers, not \(.*(nan|inf).*\)$") as raised:
+            study.tell(proposal, measurement)
+        assert study.finished() == 1 + bad.index((name, value))  # nothing was stored
+        study.fail(proposal, str(raised.value))
+    told = [trial.state.name for trial in study._optuna.trials()][: 1 + len(bad)]
+    study.close()
+    assert sorted(told) == ["COMPLETE", *["FAIL"] * len(bad)]
+    with StudyStore(storage) as store:
+        trials = store.trials("tiny")
+        assert [trial.state for trial in trials] == [State.COMPLETE, *[State.FAILED] * len(bad)]
+        assert all("must be finite" in (trial.reason or "") for trial in trials[1:])
+        assert [point.trial for point in store.front("tiny").points] == [0]
+    assert check_database(storage) == ()
 
 
 def test_a_changed_meaning_is_refused_naming_the_field(storage: str) -> None:

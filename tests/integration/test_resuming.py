@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import rank_search as rs
-from rank_search.errors import StorageError
 from rank_search.launch import exits
 from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
@@ -26,6 +26,7 @@ from rank_search.train import checkpoints
 from rank_search.train.checkpoints import STALE_SECONDS, Checkpoints
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
+from tests.integration.test_bad_input import _disk_full_at as disk_full_at
 
 STEPS = 12
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,28 @@ def test_where_it_cannot_be_written_the_fine_tune_goes_on(
     assert progress.said[0].endswith("going on without")
 
 
+def test_on_a_full_disk_the_checkpoint_before_stays_and_no_half_one_is_left(tiny_study: StudyFactory) -> None:
+    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS})))
+    rank_map, evaluator = prepared.allocator.closed_form(0.5), Evaluator(prepared)
+    whole = evaluator.measure(rank_map)
+    with pytest.raises(Preempted):
+        evaluator.measure(rank_map, Interrupting(3))
+    (kept,) = kept_files(prepared)
+    before = kept.read_bytes()
+    progress = Interrupting(5)
+    with disk_full_at(len(before) - 1), pytest.raises(Preempted):
+        evaluator.measure(rank_map, progress)
+    assert len(progress.said) == 2  # from where it went on, and this
+    assert re.fullmatch(
+        r"the checkpoint \S+ cannot be written \([^\n]*File too large[^\n]*\); going on without", progress.said[1]
+    )
+    assert kept_files(prepared) == [kept]
+    assert kept.read_bytes() == before
+    progress = Interrupting()
+    assert facts(evaluator.measure(rank_map, progress)) == facts(whole)
+    assert progress.said == [f"going on from step 3 of {STEPS}, where this fine-tune was interrupted"]
+
+
 def test_stale_checkpoints_are_removed_when_a_study_is_prepared(tiny_study: StudyFactory) -> None:
     path = tiny_study(finetune={"steps": STEPS})
     prepared = prepare(load_study_file(path))
@@ -241,48 +264,61 @@ def test_an_interrupted_nested_fine_tune_makes_the_same_bank(
             assert torch.equal(ours[target.name].out, theirs[target.name].out)
 
 
-def test_a_worker_that_gets_sigterm_leaves_a_checkpoint_and_the_next_one_goes_on(
+def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
 ) -> None:
-    tables = {"finetune": {"steps": 250, "batch_blocks": 24}, "search": {"trials": 2, "ladder": [0.5]}}
+    tables: dict[str, dict[str, object]] = {
+        "finetune": {"steps": 250, "batch_blocks": 24}, "run": {"checkpoint_seconds": 0.1},
+        "search": {"trials": 1, "ladder": [0.5], "seeds": ["closed-form"]},
+    }  # fmt: skip
     file = write_study(tmp_path_factory.mktemp("interrupted"), **tables)
+    with a_worker_on(file) as killed:
+        until(lambda: list(kept_in(file)) != [])
+        killed.kill()
+        told = killed.communicate(timeout=30)[1]
+    assert "trial 0" not in told  # it died over its first one
+    (kept,) = kept_in(file)
+    before = kept.read_bytes()
+    with a_worker_on(file) as stopped:
+        assert stopped.stderr is not None
+        assert any("going on from step" in line for line in stopped.stderr)
+        asked = time.monotonic()
+        stopped.send_signal(signal.SIGTERM)
+        assert any(line.startswith("stopped;") for line in stopped.stderr)
+        assert time.monotonic() - asked < 2  # of grace time, which it did not use up; Python's own end comes on top
+        stopped.communicate(timeout=30)
+    assert stopped.returncode == exits.PREEMPTED
+    assert list(kept_in(file)) == [kept]
+    assert kept.read_bytes() != before
+    progress = Interrupting()
+    rs.run(file, progress=progress)
+    assert any(line.startswith("going on from step") for line in progress.said)
+    assert list(kept_in(file)) == []
+    whole = write_study(tmp_path_factory.mktemp("whole"), **tables)
+    rs.run(whole)
+    assert losses(rs.view(file)) == losses(rs.view(whole))
+
+
+@contextmanager
+def a_worker_on(file: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own, which is not left behind."""
     command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "2"]
-    storage = f"sqlite:///{file.parent}/tiny.db"
     worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        until(lambda: (file.parent / "tiny.db").exists() and has_trials(storage))
-        time.sleep(0.3)
-        asked = time.monotonic()
-        worker.send_signal(signal.SIGTERM)
-        assert worker.stderr is not None
-        assert any(line.startswith("stopped;") for line in worker.stderr)
-        assert time.monotonic() - asked < 2  # of grace time, which it did not use up; Python's own end comes on top
-        worker.communicate(timeout=30)
+        yield worker
     finally:
         worker.kill()
         worker.communicate()
-    assert worker.returncode == exits.PREEMPTED
-    assert len(list((file.parent / "work" / "checkpoints").iterdir())) == 1
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert "going on from step" in again.stderr
-    assert list((file.parent / "work" / "checkpoints").iterdir()) == []
-    whole = write_study(tmp_path_factory.mktemp("whole"), **tables)
-    rs.run(whole)
-    assert losses(rs.view("tiny", storage=storage)) == losses(rs.view(whole))
 
 
-def has_trials(storage: str) -> bool:
-    """Whether the study is there, and has begun a trial."""
-    try:
-        return bool(rs.view("tiny", storage=storage).trials)
-    except StorageError:  # its tables are being made
-        return False
+def kept_in(file: Path) -> Iterator[Path]:
+    return (file.parent / "work" / "checkpoints").glob("*.safetensors")
 
 
 def losses(view: rs.StudyView) -> dict[str, float]:
     """Of what was measured, by rank map."""
     measured = [t for t in view.trials if t.state is State.COMPLETE and t.measurement is not None]
-    assert len(measured) == 2
+    assert len(measured) == 1
     return {trial.rank_map.digest: trial.measurement.loss for trial in measured if trial.measurement is not None}
 
 

@@ -1,4 +1,7 @@
-"""The images and the compose file: linted, against their schema, and every build step run outside of an engine."""
+"""The images and the compose file: linted, against their schema, and what pip installs in them outside of an engine.
+
+Not run are the steps that need a root file system of their own: apt-get, useradd, install, python3 -m venv.
+"""
 
 from __future__ import annotations
 
@@ -101,6 +104,20 @@ def test_dashboard_and_package_take_the_same_versions() -> None:
     dashboard = (DOCKER / "dashboard-requirements.txt").read_text(encoding="utf-8").split()
     found = dict(line.replace("[binary]", "").split("==") for line in dashboard)
     assert (found["optuna"], found["psycopg"]) == (pins["optuna"], pins["psycopg"])
+
+
+@pytest.mark.slow
+def test_pip_finds_what_the_images_install_complete_and_the_same_as_the_tests_run_with() -> None:
+    """Without an index only what is installed here satisfies a pin, and what a pinned package needs in turn."""
+    files = []
+    for stage in ("worker", "dashboard"):
+        runs = " ".join(arguments for name, arguments in instructions(stage) if name == "RUN")
+        (file,) = re.findall(r"pip install --no-cache-dir -r (\S+)", runs)
+        files.append(DOCKER / Path(file).name if stage == "dashboard" else ROOT / file)
+    options = [option for file in files for option in ("-r", str(file))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-index", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
