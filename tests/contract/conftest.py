@@ -203,6 +203,12 @@ def storage(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
         yield url
 
 
+@pytest.fixture
+def hosts_may_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are the same on every database; that a file is for one host is a matter of test_database_commands."""
+    monkeypatch.setattr("rank_search.study.study.refuse_hosts_beside", lambda _store, _name: None)
+
+
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
     """Starts worker processes of the tests: fresh ones, but with Optuna imported already."""

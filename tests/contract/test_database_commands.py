@@ -15,8 +15,8 @@ from rank_search.study.hosts import refuse_other_hosts, require_server
 from rank_search.study.schema import alembic_config, head
 from rank_search.study.store import StudyStore
 from rank_search.study.upgrading import upgrade
+from tests.contract.other_hosts import elsewhere
 from tests.contract.synthetic import open_study, run_trials
-from tests.contract.test_leases import elsewhere
 
 
 def execute(storage: str, statement: str) -> None:

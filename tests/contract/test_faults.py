@@ -23,8 +23,6 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, text
 
 from rank_search.errors import OutOfPatienceError, StorageError, UnavailableError
-from rank_search.factors.bank import bank_path, open_bank, open_or_build
-from rank_search.factors.remote import RemoteBanks
 from rank_search.launch import exits
 from rank_search.study import patience as waiting
 from rank_search.study.consistency import check_database
@@ -33,11 +31,8 @@ from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.schema import ensure_schema
 from rank_search.study.store import StudyStore
-from rank_search.study.turns import Turns
 from tests.contract.synthetic import measure, open_study, run_trials
 from tests.contract.test_launch import Launch, until
-from tests.unit.test_bank import KEY
-from tests.unit.test_bank import _factors as make_factors
 
 ROOT = Path(__file__).parents[2]
 
@@ -400,108 +395,3 @@ def test_where_the_spool_is_full_too_the_result_waits_in_memory(
     assert ["cannot be kept on disk either (File too large)" in line for line in said].count(True) == 1
     assert list((tmp_path / "spool").iterdir()) == []  # no half a file
     nothing_lost(storage, 1)
-
-
-_ONE_NAME = threading.Lock()
-"""A host's name is the process's: of two threads that change it at once, one would put back the other's."""
-
-
-def turns(storage: str, host: str, seconds: float = 60.0) -> Turns:
-    with _ONE_NAME, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rank_search.study.liveness.socket.gethostname", lambda: host)
-        found = Turns.of(storage, seconds, Patience(60))
-    assert found is not None
-    return found
-
-
-def at_once(host: Callable[[str], None]) -> None:
-    """Three hosts do the same; each is given its name."""
-    threads = [threading.Thread(target=host, args=(f"host{number}",)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-
-
-def test_workers_of_one_host_need_no_turns() -> None:
-    assert Turns.of("sqlite:///study.db", 60, Patience()) is None
-
-
-def test_hosts_build_a_bank_once(own: str, tmp_path: Path) -> None:
-    built: list[str] = []
-    waited: list[str] = []
-
-    def host(name: str) -> None:
-        def build() -> object:
-            built.append(name)
-            time.sleep(1.0)
-            return make_factors()
-
-        open_or_build(tmp_path, KEY, build, {}, lambda: waited.append(name), turns(own, name))  # type: ignore[arg-type]
-
-    at_once(host)
-    assert len(built) == 1
-    assert sorted(built + waited) == ["host0", "host1", "host2"]
-    assert open_bank(tmp_path, KEY) is not None
-
-
-def test_hosts_without_a_shared_folder_build_a_bank_once(own: str, tmp_path: Path) -> None:
-    built: list[str] = []
-    waited: list[str] = []
-    begun, both_wait = threading.Barrier(3), threading.Event()
-
-    def host(name: str) -> None:
-        def build() -> object:
-            built.append(name)
-            assert both_wait.wait(30)
-            return make_factors()
-
-        def on_wait() -> None:
-            waited.append(name)
-            if len(waited) == 2:
-                both_wait.set()
-
-        remote = RemoteBanks(f"file://{tmp_path}/objects")
-        begun.wait(10)
-        open_or_build(tmp_path / name, KEY, build, {}, on_wait, turns(own, name), remote)  # type: ignore[arg-type]
-
-    at_once(host)
-    assert len(built) == 1
-    assert sorted(built + waited) == ["host0", "host1", "host2"]
-    assert len({bank_path(tmp_path / f"host{number}", KEY).read_bytes() for number in range(3)}) == 1
-    assert len(list((tmp_path / "objects").glob("*.safetensors"))) == 1
-
-
-def test_who_has_a_bank_does_not_wait_for_its_upload(own: str, tmp_path: Path) -> None:
-    open_or_build(tmp_path, KEY, make_factors, {})
-    remote = RemoteBanks(f"file://{tmp_path}/objects")
-    name = f"bank {KEY.digest[:24]} at {remote.identity}"
-    with turns(own, "uploading")(name, lambda: None, lambda: False):
-        open_or_build(tmp_path, KEY, make_factors, {}, turn=turns(own, "other"), remote=remote)
-        assert not (tmp_path / "objects").exists()
-    open_or_build(tmp_path, KEY, make_factors, {}, turn=turns(own, "other"), remote=remote)
-    assert len(list((tmp_path / "objects").glob("*.sha256"))) == 1
-
-
-def test_a_builder_that_falls_silent_loses_its_turn(own: str, tmp_path: Path) -> None:
-    silent = turns(own, "silent", seconds=1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rank_search.study.turns.Heartbeat.start", lambda _heartbeat: None)
-        gone = silent(f"bank {KEY.digest[:24]} in {identity(tmp_path)}", lambda: None, lambda: False)
-        gone.__enter__()
-    waited: list[float] = []
-    started = time.monotonic()
-    bank = open_or_build(
-        tmp_path, KEY, make_factors, {}, lambda: waited.append(time.monotonic() - started), turns(own, "next")
-    )  # fmt: skip
-    assert bank.path == bank_path(tmp_path, KEY)
-    assert len(waited) == 1
-    assert 0.9 < time.monotonic() - started < 10
-    gone.__exit__(None, None, None)
-
-
-def identity(folder: Path) -> str:
-    from rank_search.factors.bank import _identity
-
-    (folder / "banks").mkdir(exist_ok=True)
-    return _identity(folder / "banks")

@@ -29,10 +29,10 @@ from rank_search.study.records import FINISHED, State
 from rank_search.study.schema import alembic_config, ensure_schema, head, version_of
 from rank_search.study.store import StudyStore
 from tests.contract.conftest import BACKENDS
+from tests.contract.other_hosts import let_leases_run_out
 from tests.contract.supervised import launched
 from tests.contract.synthetic import open_study, run_trials
 from tests.contract.test_launch import gone, until
-from tests.contract.test_leases import let_leases_run_out
 from tests.unit.test_bank import KEY
 from tests.unit.test_bank import _factors as make_factors
 

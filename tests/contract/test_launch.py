@@ -234,6 +234,8 @@ KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "4"))
 """More of them for a soak."""
 
 
+# On PostgreSQL a test of test_kills kills workers, too.
+@pytest.mark.parametrize("backend", BACKENDS if KILLS > 4 else BACKENDS[:1], indirect=True)
 def test_workers_killed_at_random_lose_nothing(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rank_search.launch.restarts.MOST_IN_A_ROW", 1000)  # it is not the workers' fault
     monkeypatch.setattr("rank_search.launch.restarts.LONGEST_DELAY", 0.5)
