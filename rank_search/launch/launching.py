@@ -56,7 +56,7 @@ def launch(
     wanted = trials or file.spec.search.trials
     watch = Watch(job, wanted)
     launcher = make_launcher(on, job, file, watch, options or {})
-    written = _manifest_only(launcher)
+    written = _manifest_only(launcher) if on == "kubernetes" else None
     if detach or written is not None:
         # The database may be reachable from the cluster only; its workers make the tables, too.
         launcher.start()
