@@ -332,6 +332,7 @@ def worker_climbs(storage: str, trials: int) -> list[RankMap]:
         study.close()
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_eight_workers_measure_no_rank_map_twice_and_seeds_once(storage: str, processes: ForkServerContext) -> None:
     with processes.Pool(8) as pool:
         results = pool.starmap(worker_climbs, [(storage, 26)] * 8, chunksize=1)

@@ -84,15 +84,17 @@ def test_a_file_that_is_written_while_workers_measure_is_the_study_at_one_moment
             time.sleep(0.02)
         for worker in workers:
             worker.get()
-    different = list(dict.fromkeys(files))
-    load_study(other, different[len(different) // 2], "the file")
+    sizes = len(files[0]), len(files[-1])
+    load_study(other, min(files, key=lambda file: abs(len(file) - sum(sizes) / 2)), "the file")  # of the midst
     assert check_database(other) == ()
     with StudyStore(storage) as store:
         at_last = {t.number: t.measurement for t in store.trials("tiny") if t.state is State.COMPLETE}
     with StudyStore(other) as store:
         trials = store.trials("tiny")
         assert store.front("tiny") == store.recompute_front("tiny")
-    assert [trial.number for trial in trials] == list(range(len(trials)))
+    numbers = [trial.number for trial in trials]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] <= len(numbers)  # but for one that the other worker has claimed and not begun
     measured = {t.number: t.measurement for t in trials if t.state is State.COMPLETE}
     assert measured.items() <= at_last.items()
     assert 0 < len(measured) < len(at_last)  # they were at work

@@ -94,7 +94,7 @@ def test_published_allocations_seed_a_study_once(
     assert given == [0]
     trials = api.view(file).trials
     names = ("closed form", "zs-svd", "svd-llm-v2")
-    assert [trial.source for trial in trials[:6]] == [f"{name} {kept}" for kept in (0.7, 0.5) for name in names]
+    assert [trial.source for trial in trials[:6]] == [f"{name} {kept}" for name in names for kept in (0.7, 0.5)]
     assert len({trial.rank_map for trial in trials[:6]}) == 6
     record = api.view(file).record
     facts, storage = record.facts, record.spec.targets.storage

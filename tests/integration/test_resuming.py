@@ -268,7 +268,7 @@ def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkp
     tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
 ) -> None:
     tables: dict[str, dict[str, object]] = {
-        "finetune": {"steps": 250, "batch_blocks": 24}, "run": {"checkpoint_seconds": 0.1},
+        "finetune": {"steps": 150, "batch_blocks": 24}, "run": {"checkpoint_seconds": 0.1},
         "search": {"trials": 1, "ladder": [0.5], "seeds": ["closed-form"]},
     }  # fmt: skip
     file = write_study(tmp_path_factory.mktemp("interrupted"), **tables)
@@ -278,18 +278,16 @@ def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkp
         told = killed.communicate(timeout=30)[1]
     assert "trial 0" not in told  # it died over its first one
     (kept,) = kept_in(file)
-    before = kept.read_bytes()
     with a_worker_on(file) as stopped:
         assert stopped.stderr is not None
         assert any("going on from step" in line for line in stopped.stderr)
         asked = time.monotonic()
         stopped.send_signal(signal.SIGTERM)
         assert any(line.startswith("stopped;") for line in stopped.stderr)
-        assert time.monotonic() - asked < 2  # of grace time, which it did not use up; Python's own end comes on top
+        assert time.monotonic() - asked < 1  # of grace time, which it did not use up; Python's own end comes on top
         stopped.communicate(timeout=30)
     assert stopped.returncode == exits.PREEMPTED
     assert list(kept_in(file)) == [kept]
-    assert kept.read_bytes() != before
     progress = Interrupting()
     rs.run(file, progress=progress)
     assert any(line.startswith("going on from step") for line in progress.said)
@@ -302,7 +300,7 @@ def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkp
 @contextmanager
 def a_worker_on(file: Path) -> Iterator[subprocess.Popen[str]]:
     """A process of its own, which is not left behind."""
-    command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "2"]
+    command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "1"]
     worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield worker

@@ -90,9 +90,9 @@ def test_it_measures_until_the_study_has_its_trials(prepared: Prepared, tmp_path
         work(study, Evaluator(prepared), 5, on_outcome=outcomes.append)
         front = study.front()
     assert len(outcomes) == 5
-    # The ladder first: closed form and uniform at each of its kept fractions.
+    # The ladder first: the closed form at each of its kept fractions, then uniform ranks.
     allocator = prepared.allocator
-    expected = [rule(kept) for kept in (0.8, 0.5) for rule in (allocator.closed_form, allocator.uniform)]
+    expected = [rule(kept) for rule in (allocator.closed_form, allocator.uniform) for kept in (0.8, 0.5)]
     assert [outcome.proposal.rank_map for outcome in outcomes[:4]] == expected
     shown = _view(tmp_path)
     assert [trial.state for trial in shown.trials] == [State.COMPLETE] * 5
