@@ -6,7 +6,7 @@ from sqlalchemy.engine import URL
 
 from rank_search.errors import StorageError
 from rank_search.study.engine import make_engine, parse_url, sqlite_file
-from rank_search.study.liveness import WorkerId
+from rank_search.study.liveness import UNKNOWN, WorkerId
 from rank_search.study.schema import has_schema
 from rank_search.study.store import StudyStore
 
@@ -42,8 +42,8 @@ def refuse_hosts_beside(store: StudyStore, name: str) -> None:
         return
     here = WorkerId.current().host
     # Not by its trials: those of a host that is gone, such as a container by its random name, run forever.
-    beats = store.status(name).workers
-    others = {WorkerId.parse(beat.worker).host: beat.age for beat in beats if not beat.is_silent}
+    beats = (beat for beat in store.status(name).workers if not beat.is_silent and beat.worker != UNKNOWN)
+    others = {WorkerId.parse(beat.worker).host: beat.age for beat in beats}
     others.pop(here, None)
     if others:
         host = min(others)

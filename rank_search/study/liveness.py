@@ -7,6 +7,9 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+UNKNOWN = "unknown:0:"
+"""Stands for the worker that holds a trial, where it was claimed by nobody knows whom."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerId:

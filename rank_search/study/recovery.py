@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rank_search.study.heartbeat import Heartbeat
 from rank_search.study.leases import Lease, Leases
-from rank_search.study.liveness import WorkerId
+from rank_search.study.liveness import UNKNOWN, WorkerId
 from rank_search.study.mutation import told_rank_map
 from rank_search.study.optuna_study import OptunaStudy
 from rank_search.study.patience import Patience
@@ -23,9 +23,6 @@ MAX_REQUEUES = 3
 
 SWEEP_SECONDS = 5.0
 """A worker looks for leases that have run out when so much time has passed, between two trials."""
-
-_UNKNOWN = "unknown:0:"
-"""Holder of a trial that was claimed by nobody knows whom."""
 
 
 @dataclass
@@ -110,7 +107,7 @@ class Recovery:
         if why is not None:
             self.bury(trial, why, row)
         elif lease is None:
-            self.leases.grant(self.name, trial.number, worker or _UNKNOWN)
+            self.leases.grant(self.name, trial.number, worker or UNKNOWN)
 
     def bury(self, trial: FrozenTrial, why: str, row: TrialRecord | None) -> None:
         """End a trial whose worker is gone, and propose it again unless it has had enough of them."""

@@ -12,6 +12,7 @@ from rank_search.cli import run_command
 from rank_search.errors import StorageError
 from rank_search.study.engine import make_engine
 from rank_search.study.hosts import refuse_other_hosts, require_server
+from rank_search.study.liveness import UNKNOWN
 from rank_search.study.schema import alembic_config, head
 from rank_search.study.store import StudyStore
 from rank_search.study.upgrading import upgrade
@@ -114,6 +115,16 @@ def test_of_two_hosts_that_start_at_once_a_file_takes_one(storage: str, backend:
     with StudyStore(storage) as store:  # the second one has left nothing that would keep the first one out
         assert [beat.worker.partition(":")[0] for beat in store.status("tiny").workers] == ["first"]
     first.close()
+
+
+def test_a_claim_of_nobody_knows_whom_is_no_other_host(storage: str) -> None:
+    study = open_study(storage, ladder=[0.5])
+    study.ask()
+    study.close()
+    execute(storage, f"UPDATE rank_search_leases SET holder = '{UNKNOWN}'")
+    with StudyStore(storage) as store:
+        assert [beat.worker for beat in store.status("tiny").workers] == [UNKNOWN]
+    open_study(storage, ladder=[0.5]).close()
 
 
 def test_a_database_that_is_not_there_yet_is_nobodys(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.schema import ensure_schema
 from rank_search.study.store import StudyStore
+from tests.contract.conftest import BACKENDS
 from tests.contract.synthetic import measure, open_study, run_trials
 from tests.contract.test_launch import Launch, until
 
@@ -190,6 +191,7 @@ def test_a_worker_gives_up_when_its_patience_is_over(server: Server, own: str, t
     assert nothing_lost(own, 3) == [State.COMPLETE] * 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # whose leases are the same in every database
 def test_a_stalled_worker_loses_its_trial_says_so_and_goes_on(storage: str, tmp_path: Path) -> None:
     environment = {
         **os.environ, "RANK_SEARCH_STORAGE": storage, "RANK_SEARCH_TEST_LEASE": "1", "PYTHONUNBUFFERED": "1",
