@@ -98,6 +98,7 @@ def test_workers_share_the_trials_of_a_study(storage: str, tmp_path: Path) -> No
     assert gone(launch.pids())
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 def test_a_killed_worker_is_started_again_and_its_trial_proposed_again(storage: str, tmp_path: Path) -> None:
     # So long that the other worker has not done all by itself before this one is back.
     launch = Launch(storage, tmp_path, trials=24, seconds=0.4, ill=f"killed once:{tmp_path / 'killed'}")
@@ -208,6 +209,7 @@ def test_the_database_is_made_before_any_worker_starts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 def test_two_workers_run_a_real_study_to_its_end(empty_storage: str, tiny_study: StudyFactory) -> None:
     study = tiny_study(search={"trials": 6})
     command = [sys.executable, "-m", "rank_search", "launch", str(study), "--workers", "2"]
@@ -230,7 +232,7 @@ def test_two_workers_run_a_real_study_to_its_end(empty_storage: str, tiny_study:
     assert sum(log.count("trial ") for log in logs) >= 6
 
 
-KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "3"))
 """More of them for a soak."""
 
 

@@ -23,6 +23,7 @@ from rank_search.study.portable import dump_study, load_study
 from rank_search.study.records import State
 from rank_search.study.rows import STUDIES, reflected, rows_of, snapshot, study_tables
 from rank_search.study.store import StudyStore
+from tests.contract.conftest import BACKENDS
 from tests.contract.synthetic import measure, open_study, run_trials, worker_measures
 
 
@@ -113,6 +114,7 @@ def test_the_file_of_an_imported_study_is_the_same_but_for_ids(storage: str, oth
     assert len(kept[0]) > 60
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
 def test_parents_of_a_genetic_sampler_stay_the_same_trials(storage: str, other: str) -> None:
     open_study(storage, "first").close()
     study = open_study(storage, sampler="nsga2", ladder=[0.5])
