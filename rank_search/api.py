@@ -331,13 +331,13 @@ def layers(model: ModelSpec, targets: TargetSpec | None = None, *, progress: Pro
     import torch
 
     from rank_search.model.load import load_model
-    from rank_search.model.targets import find_targets, rank_space, told_of_experts
+    from rank_search.model.targets import find_targets, rank_space, told_of_other_matrices
 
     targets = targets or TargetSpec()
     with progress.step("model"):
         loaded = load_model(model, Path(), torch.device("cpu"))
     space = rank_space(loaded.model, find_targets(loaded.model, targets), targets)
-    if told := told_of_experts(loaded.model):
+    if told := told_of_other_matrices(loaded.model):
         progress.say(told)
     return ModelLayers(space.shapes, space.model_params)
 

@@ -26,7 +26,7 @@ from rank_search.metrics.collecting import check_metrics
 from rank_search.model.device import resolve_devices
 from rank_search.model.load import LoadedModel, load_model
 from rank_search.model.memory import in_halves_if_needed
-from rank_search.model.targets import Target, find_targets, rank_space, told_of_experts
+from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap, RankSpace
 from rank_search.spec import StudyFile, StudySpec
@@ -116,7 +116,7 @@ def prepare(
     if len(devices) > 1:
         progress.say(f"the model is spread over {len(devices)} GPUs; its steps are neither compiled nor recorded")
     targets = find_targets(loaded.model, spec.targets)
-    if told := told_of_experts(loaded.model):
+    if told := told_of_other_matrices(loaded.model):
         progress.say(told)
     space = rank_space(loaded.model, targets, spec.targets)
     check(space, loaded.weights_digest)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rank_search.climbing import Rung, make_rungs
 from rank_search.compress.alignment import aligned
@@ -21,6 +20,7 @@ from rank_search.factors.decompose import Factors
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.metrics.collecting import Metrics
 from rank_search.model.device import synchronize
+from rank_search.model.gradients import put_back
 from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.spread import devices_of
 from rank_search.preparing import Prepared
@@ -302,20 +302,9 @@ class Evaluator:
             parts=self._parts,
         )
 
-    @contextmanager
-    def _kept_if_trained(self) -> Iterator[None]:
+    def _kept_if_trained(self) -> AbstractContextManager[None]:
         """With ``train = "all"`` the dense parameters are trained along: keep a copy and put it back."""
-        if self._spec.finetune.train != "all":
-            yield
-            return
-        parameters = list(self._prepared.model.parameters())
-        copies: list[Tensor] = [parameter.detach().clone() for parameter in parameters]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, copy in zip(parameters, copies, strict=True):
-                    parameter.copy_(copy)
+        return put_back(self._prepared.model) if self._spec.finetune.train == "all" else nullcontext()
 
     def _reset_memory(self) -> None:
         self._parts = 1

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from rank_search.compress.low_rank import compressed
 from rank_search.factors.bank import tails
 from rank_search.factors.build import build_factors
 from rank_search.factors.decompose import Factors
+from rank_search.model.gradients import put_back
 from rank_search.preparing import Prepared
 from rank_search.ranks import RankMap
 from rank_search.score import score
@@ -66,21 +66,9 @@ class Bench:
         examples: Examples | None = None,
     ) -> float:  # fmt: skip
         """Perplexity after a fine-tune, or without one where ``spec`` has no steps."""
-        with self.restored(), compressed(self.targets, factors, rank_map) as layers:
+        with put_back(self.model), compressed(self.targets, factors, rank_map) as layers:
             finetune(self.model, list(layers.values()), examples or self.train, spec, seed=seed)
             return self.perplexity()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The dense parameters after the block are those before it."""
-        parameters = list(self.model.parameters())
-        copies = [parameter.detach().clone() for parameter in parameters]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, before in zip(parameters, copies, strict=True):
-                    parameter.copy_(before)
 
 
 @dataclass(frozen=True)

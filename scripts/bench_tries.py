@@ -37,7 +37,7 @@ from rank_search.compress.low_rank import LowRankLinear, compressed
 from rank_search.factors.build import factors_of
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import collect_statistics
-from rank_search.model.gradients import requiring_grad
+from rank_search.model.gradients import put_back, requiring_grad
 from rank_search.model.targets import Target
 from rank_search.preparing import prepare
 from rank_search.ranks import RankMap
@@ -74,7 +74,7 @@ def _plain_factors(bench: Bench, targets: Sequence[Target], seed: int) -> dict[s
 
 def _sequential_factors(bench: Bench, rank_map: RankMap, seed: int) -> dict[str, Factors]:
     made: dict[str, Factors] = {}
-    with bench.restored():
+    with put_back(bench.model):
         for _, block in itertools.groupby(bench.targets, lambda target: _block(target.name)):
             targets = list(block)
             made |= _plain_factors(bench, targets, seed)
@@ -100,7 +100,7 @@ def refreshed(bench: Bench, kept: float, seed: int) -> Iterator[Row]:
 
 
 def _in_stages(bench: Bench, first: float, kept: float, seed: int) -> float:
-    with bench.restored():
+    with put_back(bench.model):
         _tuned_in_place(bench, first, seed)
         factors = bench.built()
         spec = bench.spec(kept, steps=bench.steps // 2)
@@ -125,7 +125,7 @@ def adapted(bench: Bench, keeps: Sequence[float], seed: int) -> Iterator[Row]:
         found = bench.after(bench.bank, rank_map, spec, seed)
         yield {"way": "at once, everything trained", "kept_of_targets": kept, "perplexity": found}
     for way, first in (("adapted by all", bench.steps), ("adapted by half, then half", bench.steps // 2)):
-        with bench.restored():
+        with put_back(bench.model):
             finetune(bench.model, [], bench.train, everything.model_copy(update={"steps": first}), seed=seed)
             yield {"way": way, "kept_of_targets": 1.0, "perplexity": bench.perplexity()}
             factors = bench.built()

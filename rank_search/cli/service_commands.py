@@ -71,6 +71,7 @@ def serve(
         raise InputError(f"the service needs {error.name}; pip install 'rank-search[service]'") from None
     from rank_search.launch.fleet import Crew, ServiceFleet
     from rank_search.launch.launching import ENGINES
+    from rank_search.launch.log_streams import drop_unwritable
     from rank_search.service.settings import Settings, is_loopback
 
     if launcher not in (launchers := (*ENGINES, "none")):
@@ -86,6 +87,7 @@ def serve(
     crew = Crew(launcher, key_values(option or []), workers, at_once)
     fleet = None if launcher == "none" else ServiceFleet(url, folder, crew)
     listening = take_port(host, port)
+    drop_unwritable("stdout", "stderr")  # a full disk under its log must end neither the service nor its workers
     with listening:
         settings = Settings(
             url, folder, tuple(_root(path) for path in root or []), host, listening.getsockname()[1],

@@ -134,8 +134,10 @@ class Build:
                 with self._timing("statistics"):
                     at_anchor = self._collected(group, self.recalibration or self.calibration, self.spec.seed + 1)
                     mean = mean_statistics(dense, at_anchor)
-                for target in group if measured else ():
-                    name, found = target.name, measured[target.name]
+                for target in group:
+                    name = target.name
+                    if (found := measured.get(name)) is None:
+                        continue
                     if found.lost is not None:
                         slopes[name] = Slope(found.lost, own_slope(mean[name], lost[name]))
                     if self.spec.gain_step:
@@ -181,12 +183,15 @@ class Build:
         wanted = self.spec.slope_power or self.spec.gain_step
         if not (wanted and self._needs.inputs and self._needs.gradients):
             return {}
+        chosen = [target for target in group if self.spec.gain_step or target.name in lost]
+        if not chosen:
+            return {}
         examples = self.recalibration or self.calibration
         # A slope is one number a layer; it needs fewer examples than a layer's second moments.
         half = examples[torch.arange((len(examples) + 1) // 2)]
 
         def measure(batch_blocks: int) -> dict[str, Measured]:
-            return measured_slopes(self.model, group, lost, half, batch_blocks=batch_blocks, progress=self.progress)
+            return measured_slopes(self.model, chosen, lost, half, batch_blocks=batch_blocks, progress=self.progress)
 
         with self._timing("statistics"):
             return self._fitting(measure)

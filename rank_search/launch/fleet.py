@@ -6,7 +6,6 @@ at a time, the first that came first.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -108,10 +107,9 @@ class ServiceFleet:
             self._end()
 
     def _tell(self, trouble: str) -> None:
-        """Say once what is amiss, where it can be said: a full disk must not end the workers."""
+        """Say once what is amiss."""
         if trouble and trouble != self._trouble:
-            with contextlib.suppress(OSError):
-                print(f"rank-search: {trouble}", file=sys.stderr, flush=True)
+            print(f"rank-search: {trouble}", file=sys.stderr, flush=True)
         self._trouble = trouble
 
     def _tick(self) -> None:

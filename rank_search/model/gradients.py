@@ -1,11 +1,12 @@
-"""Parameters that take gradients for a while."""
+"""Parameters that take gradients, or are trained, for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -20,3 +21,16 @@ def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """The parameters that ``model`` has now hold the same values, bit by bit, after the block."""
+    parameters = list(model.parameters())
+    copies = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, copy in zip(parameters, copies, strict=True):
+                parameter.copy_(copy)

@@ -249,7 +249,7 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield name, parameter
 
 
-def told_of_experts(model: nn.Module) -> str | None:
+def told_of_other_matrices(model: nn.Module) -> str | None:
     """One line about the matrices that stay dense, the largest by name, for whoever watches; None without any."""
     matrices = list(other_matrices(model))
     if not matrices:

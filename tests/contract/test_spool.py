@@ -21,6 +21,10 @@ pytestmark = pytest.mark.usefixtures("hosts_may_share_a_file")
 LADDER = {"ladder": [0.8, 0.5]}
 
 
+def away(*_: object, **__: object) -> None:
+    raise UnavailableError("connection refused")
+
+
 def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,9 +93,6 @@ def test_a_spooled_result_of_a_trial_that_is_with_another_worker_is_dropped(
     study = open_study(storage, spool=tmp_path, **LADDER)
     proposal = study.ask()
 
-    def away(*_: object, **__: object) -> None:
-        raise UnavailableError("connection refused")
-
     with monkeypatch.context() as patch:
         patch.setattr(StudyStore, "complete_trial", away)
         with pytest.raises(UnavailableError):
@@ -115,9 +116,6 @@ def test_a_worker_that_is_interrupted_when_the_database_is_back_stores_its_resul
     study = open_study(storage, spool=tmp_path, patience=Patience(600, said.append), **LADDER)
     proposal = study.ask()
     with monkeypatch.context() as patch:
-
-        def away(*_: object, **__: object) -> None:
-            raise UnavailableError("connection refused")
 
         def come_back(_seconds: float) -> None:
             patch.undo()
@@ -143,9 +141,6 @@ def test_a_spooled_result_is_stored_before_its_trial_is_taken_from_a_worker_that
     with elsewhere():
         gone = open_study(storage, spool=tmp_path, **LADDER)
     proposal = gone.ask()
-
-    def away(*_: object, **__: object) -> None:
-        raise UnavailableError("connection refused")
 
     with monkeypatch.context() as patch:
         patch.setattr(StudyStore, "complete_trial", away)
@@ -190,9 +185,6 @@ def test_a_spooled_result_of_another_database_is_left_alone(
     with elsewhere():
         other = open_study(f"sqlite:///{tmp_path}/other.db", spool=tmp_path / "spool", **LADDER)
     proposal = other.ask()
-
-    def away(*_: object, **__: object) -> None:
-        raise UnavailableError("connection refused")
 
     with monkeypatch.context() as patch:
         patch.setattr(StudyStore, "complete_trial", away)

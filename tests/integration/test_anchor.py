@@ -10,6 +10,7 @@ import torch
 
 from rank_search.data.examples import ExampleTable
 from rank_search.data.splits import Splits
+from rank_search.factors.decompose import Factors
 from rank_search.factors.slopes import MOST_GAIN, Slope, gain, measured_slopes, own_slope, rise_factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics, mean_statistics
 from rank_search.preparing import prepare
@@ -91,13 +92,15 @@ def test_own_slope_is_twice_the_predicted_rise(tiny_study: StudyFactory) -> None
         assert own_slope(statistics[target.name], lost) == pytest.approx(2 * predicted, rel=1e-2)
 
 
+def pairs(tiny_study: StudyFactory, key: str, value: float) -> list[tuple[Factors, Factors]]:
+    """Of every target layer the factors with a key of [factors] at 0, and at a value."""
+    plain, other = (prepare(load_study_file(tiny_study(factors={"anchor": 0.5, key: of}))) for of in (0.0, value))
+    return [(plain.bank[target.name], other.bank[target.name]) for target in plain.targets]
+
+
 def test_rises_are_multiplied_and_factors_stay(tiny_study: StudyFactory) -> None:
-    plain, sloped = (
-        prepare(load_study_file(tiny_study(factors={"anchor": 0.5, "slope_power": power}))) for power in (0.0, 0.5)
-    )
     quotients = set()
-    for target in plain.targets:
-        one, other = plain.bank[target.name], sloped.bank[target.name]
+    for one, other in pairs(tiny_study, "slope_power", 0.5):
         assert torch.equal(one.out, other.out)
         assert torch.equal(one.inn, other.inn)
         quotient = (other.sigma / one.sigma).square()
@@ -108,12 +111,8 @@ def test_rises_are_multiplied_and_factors_stay(tiny_study: StudyFactory) -> None
 
 
 def test_gains_scale_the_factors_and_leave_their_order(tiny_study: StudyFactory) -> None:
-    plain, scaled = (
-        prepare(load_study_file(tiny_study(factors={"anchor": 0.5, "gain_step": step}))) for step in (0.0, 0.3)
-    )
     found = set()
-    for target in plain.targets:
-        one, other = plain.bank[target.name], scaled.bank[target.name]
+    for one, other in pairs(tiny_study, "gain_step", 0.3):
         assert torch.equal(one.inn, other.inn)
         assert torch.equal(one.sigma, other.sigma)
         quotients = other.out / one.out

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from tests.data.disks import disk_full_at
 
 from .conftest import MakeStudy, rank_search
 
@@ -300,20 +299,9 @@ def test_trials_below_one(tmp_path: Path, make_study: MakeStudy) -> None:
     refused(tmp_path, "run", make_study(tmp_path), "--trials", "0", says=("at least 1", "not 0"))
 
 
-@contextmanager
-def _disk_full_at(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_full_disk_leaves_no_half_bank(tmp_path: Path, make_study: MakeStudy) -> None:
     study = make_study(tmp_path)
-    with _disk_full_at(40_000):
+    with disk_full_at(40_000):
         result = rank_search("run", study)
     assert result.code == 2
     assert result.err.count("\n") == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rank_search.study.store import StudyStore
+from tests.data.disks import disk_full_at
 
 from .conftest import rank_search
-from .test_bad_input import _disk_full_at as disk_full_at
 from .test_bad_input import searched as searched  # the fixture
 
 

@@ -26,7 +26,7 @@ from rank_search.train import checkpoints
 from rank_search.train.checkpoints import STALE_SECONDS, Checkpoints
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
-from tests.integration.test_bad_input import _disk_full_at as disk_full_at
+from tests.data.disks import disk_full_at
 
 STEPS = 12
 ROOT = Path(__file__).parents[2]
@@ -161,16 +161,23 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, empty])
-def test_a_damaged_checkpoint_is_told_and_the_fine_tune_starts_again(
-    tiny_study: StudyFactory, damage: Callable[[Path], None]
-) -> None:
+def interrupted_at(step: int, tiny_study: StudyFactory) -> tuple[Prepared, Measurement, Path]:
+    """A study, what the closed form at 0.5 measures, and the checkpoint of that trial after so many steps."""
     prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS})))
     rank_map, evaluator = prepared.allocator.closed_form(0.5), Evaluator(prepared)
     whole = evaluator.measure(rank_map)
     with pytest.raises(Preempted):
-        evaluator.measure(rank_map, Interrupting(5))
+        evaluator.measure(rank_map, Interrupting(step))
     (file,) = kept_files(prepared)
+    return prepared, whole, file
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, empty])
+def test_a_damaged_checkpoint_is_told_and_the_fine_tune_starts_again(
+    tiny_study: StudyFactory, damage: Callable[[Path], None]
+) -> None:
+    prepared, whole, file = interrupted_at(5, tiny_study)
+    rank_map, evaluator = prepared.allocator.closed_form(0.5), Evaluator(prepared)
     damage(file)
     progress = Interrupting()
     assert facts(evaluator.measure(rank_map, progress)) == facts(whole)
@@ -211,12 +218,8 @@ def test_where_it_cannot_be_written_the_fine_tune_goes_on(
 
 
 def test_on_a_full_disk_the_checkpoint_before_stays_and_no_half_one_is_left(tiny_study: StudyFactory) -> None:
-    prepared = prepare(load_study_file(tiny_study(finetune={"steps": STEPS})))
+    prepared, whole, kept = interrupted_at(3, tiny_study)
     rank_map, evaluator = prepared.allocator.closed_form(0.5), Evaluator(prepared)
-    whole = evaluator.measure(rank_map)
-    with pytest.raises(Preempted):
-        evaluator.measure(rank_map, Interrupting(3))
-    (kept,) = kept_files(prepared)
     before = kept.read_bytes()
     progress = Interrupting(5)
     with disk_full_at(len(before) - 1), pytest.raises(Preempted):

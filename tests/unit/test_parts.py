@@ -29,7 +29,7 @@ from rank_search.errors import TargetError
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.parts import Heads, Part, complement, parts_of
-from rank_search.model.targets import Target, find_targets, rank_space, told_of_experts, weight_matrix
+from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices, weight_matrix
 from rank_search.ranks import RankMap
 from rank_search.spec import TargetSpec
 from rank_search.task import Examples
@@ -291,12 +291,12 @@ def test_experts_in_one_piece_stay_dense_and_are_told_of() -> None:
     model = families.mixtral()
     assert {t.shape.group.split(".")[0] for t in find_targets(model, TargetSpec())} == {"self_attn"}
     held = 2 * 4 * (2 * 48 + 48 + 1) * HIDDEN / model.num_parameters()  # and a router's row for every expert
-    assert told_of_experts(model) == (
+    assert told_of_other_matrices(model) == (
         "model.layers.0.mlp.experts.gate_up_proj and 5 more: matrices of other modules than nn.Linear (experts of a "
         f"mixture, say) are left dense; they hold {held:.1%} of the model"
     )
-    assert told_of_experts(models.make("llama")) is None
-    assert told_of_experts(families.vit()) is None, "positions and class tokens are no experts"
+    assert told_of_other_matrices(models.make("llama")) is None
+    assert told_of_other_matrices(families.vit()) is None, "positions and class tokens are no experts"
     for pattern in ("*.0.mlp.experts", "*experts.down_proj"):
         with pytest.raises(TargetError, match=r"experts\.\w+, a parameter \(4, .*, which must stay dense; name linear"):
             find_targets(model, TargetSpec(include=(pattern,)))
@@ -308,7 +308,7 @@ def test_experts_with_their_rows_one_after_the_other_are_told_of() -> None:
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": HIDDEN},
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
     )  # fmt: skip
-    told = told_of_experts(DbrxForCausalLM(config))
+    told = told_of_other_matrices(DbrxForCausalLM(config))
     assert told is not None
     assert told.startswith(
         "transformer.blocks.0.ffn.experts.mlp.w1 and 2 more: matrices of other modules than nn.Linear"
