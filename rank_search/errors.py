@@ -115,13 +115,13 @@ class OutOfPatienceError(RankSearchError):
 class DeviceLostError(RankSearchError):
     """A GPU has failed under this process, which cannot use it any more; another process may."""
 
-    exit_code = 75
+    exit_code = 71
 
 
 class HostMemoryError(RankSearchError):
     """The host has no memory left for this process, or a limit keeps it from it; another process may have more."""
 
-    exit_code = 75
+    exit_code = 71
 
 
 class ServiceError(RankSearchError):

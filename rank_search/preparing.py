@@ -129,15 +129,16 @@ def prepare(
     times = BuildTimes()
     bank = _bank(study, loaded, targets, space, splits, times, progress, turn)
     bank_at = time.perf_counter()
-    trial_banks = TrialBanks.single(bank)
+    trial_banks, nested_seconds = TrialBanks.single(bank), 0.0
     if nested is not False and spec.finetune.mode == "nested":
         only = None if nested is True else space.kept_of_targets(nested)
         trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn, only)
+        nested_seconds = time.perf_counter() - bank_at
     return Prepared(
         study, loaded, devices[0], targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
             loaded_at - started, blocks_at - loaded_at, times.statistics, times.decomposition,
-            bank_at - blocks_at - times.statistics - times.decomposition, time.perf_counter() - bank_at,
+            bank_at - blocks_at - times.statistics - times.decomposition, nested_seconds,
         ),
     )  # fmt: skip
 

@@ -80,7 +80,10 @@ def launch(
 def worker(
     study: StudyArgument, storage: StorageOption = None, trials: TrialsOption = None, grace: GraceOption = 30.0
 ) -> None:
-    """Join a study by hand with one worker; exit code 0: done, 69: database, 75: stopped, 78: wrong configuration."""
+    """Join a study by hand with one worker.
+
+    Its exit code says why it ended: 0 done, 69 database, 71 GPU or memory, 75 stopped, 78 wrong configuration.
+    """
     from rank_search.launch import exits
     from rank_search.launch.log_streams import drop_unwritable
     from rank_search.launch.worker import run_worker, study_file

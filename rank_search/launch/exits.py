@@ -8,9 +8,11 @@ DONE = 0
 """The study has its trials."""
 UNAVAILABLE = 69
 """The database could not be reached or had no room: worth another try, later."""
+SYSTEM = 71
+"""The host had no memory left beside the trials, or the GPU failed: another worker may fare better."""
 PREEMPTED = 75
-"""Asked to stop, or something beside the trials failed that may pass; its trial is stored or waits to be proposed
-again: start the worker again."""
+"""Asked to stop, or tired of waiting for the database; its trial is stored or waits to be proposed again: start the
+worker again."""
 CONFIGURATION = 78
 """What the user gave is wrong, the database's URL too: another try would end the same way."""
 PASSING = frozenset({UNAVAILABLE, PREEMPTED})

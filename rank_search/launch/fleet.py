@@ -150,7 +150,7 @@ class ServiceFleet:
         return True
 
     def _start_workers(self, store: StudyStore, submission: Submission) -> None:
-        crew = self._crew
+        crew, launcher = self._crew, None
         try:
             path = write_study(self._folder, submission)
             file = load_study_file(path)
@@ -160,6 +160,8 @@ class ServiceFleet:
                 set_engine(store.engine, submission.number, crew.on)
             launcher.start()
         except InputError as error:
+            if launcher is not None:
+                launcher.kill()  # the workers that it had started before it failed
             if isinstance(error, StorageError):
                 raise
             set_fate(store.engine, submission.number, Fate.GIVEN_UP, str(error))

@@ -23,6 +23,7 @@ from rank_search.errors import InputError, one_line
 from rank_search.launch import exits
 from rank_search.launch.job import Job, Worker
 from rank_search.launch.options import Options, parse_options
+from rank_search.launch.restarts import described
 
 POLL_SECONDS = 5.0
 """How often the cluster is asked."""
@@ -113,9 +114,13 @@ class KubernetesLauncher:
         write_manifest(self._manifest, self._path)
         if self._options.apply:
             self._remove_ended()
-            self._kubectl("apply", "-f", str(self._path))
-            self._applied = True
+            self._applied = True  # before it answers: where it does not, the cluster may have the job all the same
             self._seen = self._all("", "waiting")
+            try:
+                self._kubectl("apply", "-f", str(self._path))
+            except InputError as error:
+                self.kill()
+                raise InputError(f"{error}; {self.trouble}" if self.trouble else str(error)) from None
 
     def workers(self) -> list[Worker]:
         """All workers as the cluster last told them; where it does not answer, they go on."""
@@ -144,7 +149,7 @@ class KubernetesLauncher:
         self.stop()
         if self._applied:
             command = f"kubectl --namespace {self._options.namespace} delete job {self._name}"
-            self.trouble = f"{self.trouble}; the job is still there, delete it with `{command}`"
+            self.trouble = f"{self.trouble}; the job may still be there, delete it with `{command}`"
             self._applied = False
             self._seen = self._all("", "stopped")
 
@@ -182,13 +187,17 @@ class KubernetesLauncher:
     def _kubectl(self, *arguments: str, seconds: float = 60) -> str:
         command = ["kubectl", "--namespace", self._options.namespace, *arguments]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds).stdout
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=seconds,
+                start_new_session=True,  # Ctrl-C on the terminal is for the launch, which deletes the job
+            ).stdout  # fmt: skip
         except OSError as error:
             raise InputError(
                 f"kubectl cannot be run ({error.strerror or error}); apply {self._path} where it can"
             ) from None
         except subprocess.CalledProcessError as error:
-            raise InputError(f"kubectl {arguments[0]}: {one_line(Exception(error.stderr))}") from None
+            said = " ".join(error.stderr.split()) or described(error.returncode)
+            raise InputError(f"kubectl {arguments[0]}: {one_line(Exception(said))}") from None
         except subprocess.TimeoutExpired:
             raise InputError(f"kubectl {arguments[0]} did not answer within {seconds:g} s; check the cluster") from None
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from pydantic import Field
@@ -64,7 +65,7 @@ class SlurmWorker:
     """What one task of the array does: keep one worker alive, and have it stop when the job is about to be taken away.
 
     submitit pickles it, calls it on the node, and calls :meth:`checkpoint` when Slurm announces preemption or the end
-    of the time limit.
+    of the time limit. Where Slurm ends it without that (``scancel``), SIGTERM goes to it and to the worker.
     """
 
     command: tuple[str, ...]
@@ -73,17 +74,24 @@ class SlurmWorker:
     """Seconds that the worker is started again for while the database is away."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     leaving: bool = field(default=False, repr=False)
-    """Whether Slurm has announced that it takes the job away."""
+    """Whether Slurm has said that it takes the job away, or takes it away now."""
 
     def __call__(self) -> int:
         """Run the worker, start it again where that helps, and return its last exit code."""
         drop_unwritable("stdout", "stderr")
+        before = signal.signal(signal.SIGTERM, self._leave)
+        try:
+            return self._keep_running()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _keep_running(self) -> int:
         history = Restarts(self.patience)
         while True:
             started = time.monotonic()
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
             code = self._wait()
-            # Unannounced, PREEMPTED means that its patience is over, or the GPU or the memory lost: another may go on.
+            # Unannounced, PREEMPTED means that its patience is over: another may go on.
             if code == exits.DONE or (code == exits.PREEMPTED and self.leaving):
                 return code
             lived = time.monotonic() - started > _LONG_SECONDS
@@ -91,7 +99,9 @@ class SlurmWorker:
                 print(f"worker given up: {history.given_up}", file=sys.stderr)
                 return code
             print(f"worker ended, {described(code)}; starts again in {history.delay:g} s", file=sys.stderr)
-            time.sleep(history.delay)
+            due = time.monotonic() + history.delay
+            while not self.leaving and time.monotonic() < due:
+                time.sleep(_POLL_SECONDS)
             if self.leaving:
                 return exits.PREEMPTED
 
@@ -105,6 +115,9 @@ class SlurmWorker:
             while self.process.poll() is None and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
         return submission
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        self.leaving = True  # the worker has had the signal, too: a second one would cut its grace time off
 
     def _wait(self) -> int:
         assert self.process is not None

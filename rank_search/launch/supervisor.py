@@ -86,7 +86,7 @@ class Watch:
         return self._study
 
     def measured(self, worker: str) -> int:
-        """Trials that a worker has measured; 0 too where the database cannot be asked."""
+        """Trials that a worker has measured, as far as the database has told by now."""
         study = self.look()
         return study.worker(worker).measured if study is not None else 0
 

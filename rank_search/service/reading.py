@@ -18,7 +18,7 @@ from anyio import to_thread
 from rank_search.export.tables import front_objects
 from rank_search.service.describing import detail
 from rank_search.service.models import StudyDetail
-from rank_search.study.board import optuna_id
+from rank_search.study.board import find_optuna_id
 from rank_search.study.listing import (
     Mark,
     TrialSummary,
@@ -131,10 +131,13 @@ class Reading:
         mark = (*stored, action, queued, *(() if given is None else (given.fate, given.reason)))
         if known is not None and known.mark == mark:
             return known
+        page = find_optuna_id(engine, name)
+        if page is None:  # a worker is making it
+            return None if given is None else _unprepared(given, (action, given.fate, given.reason))
         record, status, front = self.store.study(name), self.store.status(name), front_outline(engine, name)
         trials = self._trials(name, () if known is None else known.trials)
         told = detail(given, action, record, status, len(front), queued)
-        told.dashboard = f"/dashboard/studies/{optuna_id(engine, name)}"
+        told.dashboard = f"/dashboard/studies/{page}"
         points = {point["trial"]: point for point in front_objects(front)}
         body = _front_json(told, record, list(points.values()))
         digest = hashlib.sha256(body).hexdigest()[:32]

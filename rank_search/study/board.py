@@ -71,6 +71,17 @@ def optuna_id(engine: Engine, name: str) -> int:
         return _study_id(connection, name, engine)
 
 
+def find_optuna_id(engine: Engine, name: str) -> int | None:
+    """As :func:`optuna_id`; None of a study that is being made, whose own row comes first.
+
+    Raises:
+        StorageError: the database cannot be reached.
+    """
+    query = select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
+    with translated(engine.url), engine.connect().execution_options(**READ_ONLY) as connection:
+        return connection.scalar(query)
+
+
 def study_of(engine: Engine, study_id: int) -> str | None:
     """The name of the study that has an id in Optuna; inverse of :func:`optuna_id`.
 

@@ -46,12 +46,18 @@ _ROOM = "a worker holds two connections; raise the server's max_connections, or 
 _CROWDED_WORDS = ("too many clients", "too many connections", "connection slots are reserved", "max_user_connections")
 """PostgreSQL's of the server, of a database and of a role, and MySQL's."""
 
-_PASSING_CODES = re.compile(r"08...|53...|57P0[1-4]")
-"""SQLSTATEs of PostgreSQL: connection, resources (a full disk, too many connections), shutdown and crash."""
-_PASSING_NUMBERS = {1021, 1040, 1053, 1077, 1079, 1203, 1205, 1213, 2002, 2003, 2006, 2013, 2055, 3024}
-"""Errors of MySQL: disk full, too many connections, shutdown, lock waits and deadlocks, connection lost."""
+_PASSING_CODES = re.compile(r"08...|40001|40P01|53...|57014|57P0[1-5]|55P03|25006|25P0[34]|58030")
+"""SQLSTATEs of PostgreSQL: connection, deadlocks, resources (a full disk, too many connections), shutdown and crash,
+timeouts of statements, locks and idle sessions, a server that is not the primary now, and its disk."""
+_PASSING_NUMBERS = {
+    1020, 1021, 1040, 1053, 1077, 1079, 1158, 1159, 1160, 1161, 1203, 1205, 1213, 1290, 1317, 1836, 1927, 1969,
+    2002, 2003, 2006, 2013, 2055, 3024,
+}  # fmt: skip
+"""Errors of MySQL and MariaDB: disk full, too many connections, shutdown, lock waits, deadlocks and changed records,
+statements that were stopped or took too long, a server that only reads now, connection lost or killed."""
 _PASSING_WORDS = (
-    "database or disk is full", "database is locked", "disk i/o error", "connection refused", "timeout expired",
+    "database or disk is full", "database is locked", "database table is locked", "disk i/o error",
+    "locking protocol", "connection refused", "timeout expired",
     "connection timeout", "could not connect", "no such file or directory", "server closed the connection",
     "failed to resolve host", "is starting up", "is shutting down", "in recovery mode", "connection is lost",
     "the connection is closed", "connection failed", "network is unreachable", "no route to host",
@@ -310,7 +316,7 @@ def _may_pass(error: BaseException | None, cause: BaseException | None) -> bool:
         return True
     state = getattr(cause, "sqlstate", None)
     if isinstance(state, str):
-        return _PASSING_CODES.fullmatch(state) is not None or state in {"40001", "40P01"}
+        return _PASSING_CODES.fullmatch(state) is not None
     arguments = getattr(cause, "args", ())
     if arguments and arguments[0] in _PASSING_NUMBERS:
         return True

@@ -72,9 +72,9 @@ class Storing:
         try:
             stored = self.patience.keep_trying(attempt)
         except LeaseLostError:
-            _remove(kept)
+            self._remove(kept)
             raise
-        _remove(kept)
+        self._remove(kept)
         return stored
 
     def complete_kept(self, number: int) -> bool:
@@ -121,14 +121,19 @@ class Storing:
             self.patience.say(f"stored the result of trial {result.number}, which was kept on disk")
         except LeaseLostError as error:
             self.patience.say(f"dropped a result that was kept on disk: {error}")
-        _remove([path])
+        self._remove([path])
+
+    def _remove(self, paths: list[Path]) -> None:
+        """Delete files whose results are stored; one that stays is told once, and storing it again changes nothing."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)  # another worker may have told it, too
+            except OSError as error:
+                if path not in self._said:
+                    self._said.add(path)
+                    self.patience.say(f"file {path} is not needed any more; delete it ({error.strerror or error})")
 
     def _complete(self, result: Spooled) -> Measurement:
         return self.store.complete_trial(
             self.name, result.number, result.measurement, rung=result.rung, infeasible=self.missed(result.measurement)
         )
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)  # another worker may have told it, too

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from sqlalchemy.exc import OperationalError
 
 from rank_search.study.engine import make_engine
 from rank_search.study.schema import ensure_schema
+from tests.waiting import until
 
 
 class Postgres:
@@ -84,11 +84,8 @@ class MariaDb:
             command = ["setpriv", "--pdeathsig", "TERM", *command]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._names = (f"rank_search_test_{number}" for number in itertools.count())
-        deadline = time.monotonic() + 30
-        while not self._answers():
-            assert self._process.poll() is None, "mariadbd has ended"
-            assert time.monotonic() < deadline, "mariadbd does not answer"
-            time.sleep(0.1)
+        until(lambda: self._answers() or self._process.poll() is not None)
+        assert self._process.poll() is None, "mariadbd has ended"
 
     @contextmanager
     def database(self, *, with_schema: bool) -> Iterator[str]:

@@ -40,7 +40,7 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
         spool=Path(spool) if spool else None, patience=Patience(60.0, print),
         allocator=allocator,
     )  # fmt: skip
-    with Stopping(grace=10.0) as stopping:
+    with Stopping(grace=float(os.environ.get("RANK_SEARCH_TEST_GRACE", "10"))) as stopping:
         if ill == "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while study.finished() < trials:

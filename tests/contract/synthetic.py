@@ -111,6 +111,14 @@ def worker_measures(storage: str, count: int) -> list[tuple[int, str]]:
         study.close()
 
 
+def worker_measures_until(storage: str, enough: Path) -> None:
+    """A worker process that measures until there is a file of that name."""
+    study = open_study(storage)
+    while not enough.exists():
+        run_trials(study, 1)
+    study.close()
+
+
 def worker_dies(storage: str, **search: Any) -> None:
     """A worker process that is killed over its first proposal."""
     open_study(storage, **search).ask()

@@ -6,11 +6,12 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rank_search.study.submissions import resume, submissions, submit
 from tests.conftest import StudyFactory
 from tests.contract.conftest import Postgres
 from tests.contract.synthetic import make_spec
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SERVER = "postgresql://search@database/search"
@@ -140,11 +142,20 @@ def test_a_task_starts_its_worker_again_that_nobody_asked_to_stop(
     monkeypatch.setattr("rank_search.launch.slurm._POLL_SECONDS", 0.01)
     monkeypatch.setattr("rank_search.launch.restarts.FIRST_DELAY", 0.01)
     runs = tmp_path / "runs"
-    # Its GPU was lost five times, or the database away for longer than it waits.
+    # Five times the database was away for longer than it waits.
     script = f"echo >> {runs}; test $(wc -l < {runs}) -gt 5 && exit {exits.DONE}; exit {exits.PREEMPTED}"
     assert SlurmWorker(("sh", "-c", script), grace=5.0, patience=60.0)() == exits.DONE
     assert len(runs.read_text(encoding="utf-8").splitlines()) == 6
     assert SlurmWorker(("sh", "-c", "exit 69"), grace=5.0, patience=0.05)() == exits.UNAVAILABLE
+
+
+def test_a_task_that_slurm_ends_starts_no_worker_again(tmp_path: Path) -> None:
+    """As by ``scancel``: SIGTERM goes to the task and to its worker at once, and SIGKILL follows."""
+    runs, before = tmp_path / "runs", signal.getsignal(signal.SIGTERM)
+    script = f"echo >> {runs}; kill -TERM $PPID; exit {exits.PREEMPTED}"
+    assert SlurmWorker(("sh", "-c", script), grace=5.0)() == exits.PREEMPTED
+    assert len(runs.read_text(encoding="utf-8").splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_slurm_needs_a_server_and_a_number(tmp_path: Path) -> None:
@@ -276,6 +287,26 @@ def test_a_job_that_has_ended_is_removed_before_it_is_applied_again(kubectl: Pat
     assert calls[2][0] == "apply"
 
 
+def test_a_job_whose_application_is_not_answered_is_deleted(
+    kubectl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = subprocess.run
+
+    def slow(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = asked(command, **options)
+        if "apply" in command:  # the cluster has it, and the answer is lost
+            raise subprocess.TimeoutExpired(command, 60)
+        return done
+
+    monkeypatch.setattr("rank_search.launch.kubernetes.subprocess.run", slow)
+    launcher = KubernetesLauncher.of(make_job(tmp_path, workers=2), OPTIONS, on_cpu=True)
+    with pytest.raises(InputError, match=r"^kubectl apply did not answer within 60 s; check the cluster$"):
+        launcher.start()
+    assert verbs(kubectl) == ["get", "apply", "delete"]
+    launcher.kill()
+    assert verbs(kubectl)[3:] == []
+
+
 def verbs(calls: Path) -> list[str]:
     return [call.split()[2] for call in calls.read_text(encoding="utf-8").splitlines()]
 
@@ -335,7 +366,7 @@ def test_a_job_that_cannot_be_deleted_is_told(running: KubernetesLauncher, tmp_p
     running.kill()
     assert [worker.state for worker in running.workers()] == ["stopped"]
     assert running.trouble.endswith(
-        "TLS handshake timeout; the job is still there, delete it with "
+        "TLS handshake timeout; the job may still be there, delete it with "
         "`kubectl --namespace default delete job rank-search-demo-1-6c5e2e`"
     )
 
@@ -379,14 +410,6 @@ def test_the_launcher_loads_no_torch_and_no_engine() -> None:
     assert not set(json.loads(done.stdout)) & {"torch", "transformers", "datasets", "ray", "submitit", "yaml"}
 
 
-def until(is_so: Callable[[], object]) -> None:
-    """Wait for what a fleet does in its thread."""
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def handed_over(storage: str, folder: Path, crew: Crew) -> StudySpec:
     """A study that the service took on, once a fleet has given it to the crew's engine; ended, as by a restart."""
     spec = make_spec("taken", trials=7)
@@ -399,8 +422,21 @@ def handed_over(storage: str, folder: Path, crew: Crew) -> StudySpec:
     return spec
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    """A list that grows with every call that has ended."""
+    calls, method = [], getattr(owner, name)
+
+    def counted(*arguments: object) -> object:
+        result = method(*arguments)
+        calls.append(1)
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 def test_the_service_hands_a_study_to_slurm_once_and_anew_when_it_is_resumed(
-    storage: str, script: Path, tmp_path: Path
+    storage: str, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, crew = tmp_path / "service", Crew("slurm", {"partition": "gpu"}, workers=2)
     spec = handed_over(storage, folder, crew)
@@ -416,7 +452,8 @@ def test_the_service_hands_a_study_to_slurm_once_and_anew_when_it_is_resumed(
     assert all(storage.encode() not in path.read_bytes() for path in files)
     again = ServiceFleet(storage, folder, crew)  # of a service that was started again
     again.start()
-    time.sleep(0.5)
+    looks = count_calls(monkeypatch, ServiceFleet, "_tick")
+    until(lambda: len(looks) >= 2)
     assert [path.name for path in tmp_path.glob("script*")] == ["script.sh"]
     with StudyStore(storage) as store:
         resume(store.engine, "taken", "ana")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.contract.conftest import Postgres
 from tests.contract.synthetic import open_study, run_trials
-from tests.contract.test_launch import until
+from tests.waiting import until
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
@@ -51,7 +51,7 @@ def test_the_dashboard_shows_a_study_and_its_health_is_asked(postgres: Postgres,
         assert not is_well()  # nobody listens
         dashboard = subprocess.Popen(entry, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            until(is_well, 60.0)
+            until(is_well)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=10) as answer:
                 shown = json.load(answer)["study_summaries"]
         finally:

@@ -33,7 +33,8 @@ from rank_search.study.schema import ensure_schema
 from rank_search.study.store import StudyStore
 from tests.contract.conftest import BACKENDS
 from tests.contract.synthetic import measure, open_study, run_trials
-from tests.contract.test_launch import Launch, until
+from tests.contract.test_launch import Launch
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 

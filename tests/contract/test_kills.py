@@ -32,9 +32,10 @@ from tests.contract.conftest import BACKENDS
 from tests.contract.other_hosts import let_leases_run_out
 from tests.contract.supervised import launched
 from tests.contract.synthetic import open_study, run_trials
-from tests.contract.test_launch import gone, until
+from tests.contract.test_launch import gone
 from tests.unit.test_bank import KEY
 from tests.unit.test_bank import _factors as make_factors
+from tests.waiting import LONG, until
 
 KILLS = int(os.environ.get("RANK_SEARCH_TEST_KILLS", "2"))
 """Of a supervisor or of one of its workers; more of them for a soak."""
@@ -177,19 +178,20 @@ def test_supervisors_and_workers_killed_at_random_lose_nothing(
                 until(partial(workers_of, supervisor))
             time.sleep(rng.uniform(0.1, 1.6))  # in making the tables and the bank, too, where there is none yet
             assert supervisor.is_alive()
-            if one == "worker":  # it may just be between two
-                until(partial(workers_of, supervisor))
             workers = workers_of(supervisor)
+            while one == "worker" and not workers:  # it may just be between two
+                until(partial(workers_of, supervisor))
+                workers = workers_of(supervisor)
             seen.update(workers)
             kill(supervisor.pid if one == "supervisor" else rng.choice(workers))
-            supervisor.join(0 if one == "worker" else 10)
+            supervisor.join(0 if one == "worker" else LONG)
         seen.update(workers_of(supervisor))
         supervisor.terminate()
-        supervisor.join(30)
+        supervisor.join(LONG)
         assert supervisor.exitcode in {exits.PREEMPTED, -signal.SIGKILL}
         until(lambda: gone(seen))
         supervisor = start(processes, empty_storage, tmp_path, MORE)
-        supervisor.join(60)
+        supervisor.join(LONG)
         assert supervisor.exitcode == exits.DONE
     finally:
         supervisor.kill()

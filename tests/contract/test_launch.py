@@ -24,6 +24,7 @@ from rank_search.study.records import FINISHED, State
 from rank_search.study.store import StudyStore
 from tests.conftest import StudyFactory
 from tests.contract.conftest import BACKENDS
+from tests.waiting import LONG, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,8 @@ class Launch:
         self.job = Job(folder / "study.toml", "tiny", storage, folder / "logs", grace=grace)
         self.watch = Watch(self.job, trials)
         command = [sys.executable, "-m", "tests.contract.stand_in", str(trials), str(seconds), *([ill] if ill else [])]
-        slots = [Slot("1 core", (), {"PYTHONPATH": str(ROOT)})] * workers
+        environment = {"PYTHONPATH": str(ROOT), "RANK_SEARCH_TEST_GRACE": str(grace)}
+        slots = [Slot("1 core", (), environment)] * workers
         self.launcher = LocalLauncher(self.job, slots, self.watch.measured, command)
         self.views: list[View] = []
         self.on_show: Callable[[View], None] = lambda view: None
@@ -143,11 +145,11 @@ def test_sigterm_lets_workers_finish_their_trials(storage: str, tmp_path: Path) 
 
 
 def test_a_second_signal_gives_the_trials_back_at_once(storage: str, tmp_path: Path) -> None:
-    launch = Launch(storage, tmp_path, trials=500, seconds=30.0)
+    launch = Launch(storage, tmp_path, trials=500, seconds=4 * LONG, grace=2 * LONG)
     stop_when_running(launch, 2, times=2)
     started = time.monotonic()
     assert launch.run() == exits.PREEMPTED
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < LONG
     assert launch.states() == [State.REQUEUED] * 2
     assert gone(launch.pids())
 
@@ -297,10 +299,3 @@ def stop_when_running(launch: Launch, count: int, *, times: int) -> None:
 def states_of(storage: str) -> list[State]:
     with StudyStore(storage) as store:
         return [trial.state for trial in store.trials("tiny")] if "tiny" in store.studies() else []
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

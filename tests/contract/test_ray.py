@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from rank_search.study.consistency import check_database
 from rank_search.study.records import State
 from rank_search.study.store import StudyStore
 from tests.contract.conftest import Postgres
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,13 +125,10 @@ def test_stopping_gives_the_trials_back(cluster: Any, storage: str, tmp_path: Pa
     launcher = make_launcher(job, watch, 500, 30.0)
     launcher.start()
     try:
-        until_running(storage, 2)
+        until(lambda: running(storage) == 2)
         launcher.stop()
         launcher.stop()
-        deadline = time.monotonic() + 20
-        while not all(worker.has_ended for worker in launcher.workers()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: all(worker.has_ended for worker in launcher.workers()))
     finally:
         launcher.kill()
     assert {worker.exit_code for worker in launcher.workers()} == {exits.PREEMPTED}
@@ -156,25 +153,17 @@ def test_an_actor_that_fails_tells_why(
     launcher = make_launcher(job, Watch(job, 1), 1, 0.1)
     launcher.start()
     try:
-        deadline = time.monotonic() + 20
-        while not (worker := launcher.workers()[0]).has_ended:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: launcher.workers()[0].has_ended)
     finally:
         launcher.kill()
+    (worker,) = launcher.workers()
     assert (worker.state, worker.restarts) == ("given up", 2)
     assert worker.note == (
         f"died 3 times in a row, last without an exit code; its last words: [Errno 17] File exists: '{job.logs}'"
     )
 
 
-def until_running(storage: str, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with StudyStore(storage) as store:
-            if "tiny" in store.studies():
-                running = [trial for trial in store.trials("tiny") if trial.state is State.RUNNING]
-                if len(running) == count:
-                    return
-        time.sleep(0.1)
-    raise AssertionError("no workers")
+def running(storage: str) -> int:
+    with StudyStore(storage) as store:
+        trials = store.trials("tiny") if "tiny" in store.studies() else ()
+    return sum(trial.state is State.RUNNING for trial in trials)

@@ -14,6 +14,7 @@ from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.store import StudyStore
 from rank_search.study.telling import Telling
+from tests.contract.conftest import BACKENDS
 from tests.contract.other_hosts import elsewhere, let_leases_run_out, silence, states
 from tests.contract.synthetic import measure, open_study, run_trials
 
@@ -53,6 +54,44 @@ def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     study.close()
     assert states(storage) == [State.COMPLETE]
     assert check_database(storage) == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_a_file_that_cannot_be_deleted_is_told_once_and_in_nobodys_way(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the folder belongs to another user."""
+    monkeypatch.setattr(waiting, "FIRST_PAUSE", 0.01)
+    said: list[str] = []
+    folder = tmp_path / "spool"
+    study = open_study(storage, spool=folder, patience=Patience(600, said.append), **LADDER)
+    proposal, stored, calls = study.ask(), StudyStore.complete_trial, []
+
+    def first_away(store: StudyStore, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        return away() if len(calls) == 1 else stored(store, *arguments, **options)  # type: ignore[arg-type]
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".json":
+            raise PermissionError(13, "Permission denied")
+        delete(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        delete = Path.unlink
+        patch.setattr(StudyStore, "complete_trial", first_away)
+        patch.setattr(Path, "unlink", refuse)
+        study.tell(proposal, measure(proposal.rank_map))
+        study.close()
+        (kept,) = folder.iterdir()
+        next_study = open_study(storage, spool=folder, patience=Patience(600, said.append), **LADDER)
+        next_study.reconcile()
+        next_study.close()
+    assert states(storage) == [State.COMPLETE]
+    assert check_database(storage) == ()
+    needless = f"file {kept} is not needed any more; delete it (Permission denied)"
+    assert said.count(needless) == 2  # once a worker
+    open_study(storage, spool=folder, patience=Patience(600, said.append), **LADDER).close()
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [UnavailableError("connection refused"), StorageError("permission denied")])
@@ -113,7 +152,8 @@ def test_a_worker_that_is_interrupted_when_the_database_is_back_stores_its_resul
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    study = open_study(storage, spool=tmp_path, patience=Patience(600, said.append), **LADDER)
+    folder = tmp_path / "spool"
+    study = open_study(storage, spool=folder, patience=Patience(600, said.append), **LADDER)
     proposal = study.ask()
     with monkeypatch.context() as patch:
 

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -24,7 +23,8 @@ from rank_search.study.records import State
 from rank_search.study.rows import STUDIES, reflected, rows_of, snapshot, study_tables
 from rank_search.study.store import StudyStore
 from tests.contract.conftest import BACKENDS
-from tests.contract.synthetic import measure, open_study, run_trials, worker_measures
+from tests.contract.synthetic import measure, open_study, run_trials, worker_measures_until
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -74,19 +74,19 @@ def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str
 
 
 def test_a_file_that_is_written_while_workers_measure_is_the_study_at_one_moment(
-    storage: str, other: str, processes: ForkServerContext
+    storage: str, other: str, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     open_study(storage).close()
-    files: list[bytes] = []
-    with processes.Pool(2) as pool:
-        workers = [pool.apply_async(worker_measures, (storage, 8)) for _ in range(2)]
-        while not all(worker.ready() for worker in workers):
-            files.append(dump_study(storage, "tiny"))
-            time.sleep(0.02)
+    enough = tmp_path / "enough"
+    with processes.Pool(2) as pool, StudyStore(storage) as store:
+        workers = [pool.apply_async(worker_measures_until, (storage, enough)) for _ in range(2)]
+        until(lambda: store.finished("tiny") >= 4)
+        load_study(other, dump_study(storage, "tiny"), "the file")
+        seen = store.finished("tiny")
+        until(lambda: store.finished("tiny") >= seen + 4)
+        enough.touch()
         for worker in workers:
             worker.get()
-    sizes = len(files[0]), len(files[-1])
-    load_study(other, min(files, key=lambda file: abs(len(file) - sum(sizes) / 2)), "the file")  # of the midst
     assert check_database(other) == ()
     with StudyStore(storage) as store:
         at_last = {t.number: t.measurement for t in store.trials("tiny") if t.state is State.COMPLETE}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rank_search.study import jobs
 from rank_search.study.store import StudyStore
 from tests.contract.synthetic import make_spec, open_study, run_trials
 from tests.data.service import MEASURED, WANTED, Served, on_port, served
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +98,7 @@ def test_events_tell_of_new_trials(client: Client, service: Served) -> None:
         if MEASURED in seen:
             break
     thread.join()
-    deadline = time.monotonic() + 10
-    while "rank_search_event_streams 0.0" not in client._ask("GET", "/v1/metrics").text:  # it was noticed
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: "rank_search_event_streams 0.0" in client._ask("GET", "/v1/metrics").text)  # it was noticed
 
 
 def test_a_checkpoint_is_waited_for_and_unpacked_whole(client: Client, service: Served, tmp_path: Path) -> None:

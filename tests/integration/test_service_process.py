@@ -23,6 +23,7 @@ import pytest
 
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.spec import load_study_file
+from tests import waiting
 from tests.integration.conftest import MakeStudy, rank_search
 
 TRIALS = 4
@@ -45,16 +46,19 @@ def service(folder: Path, *options: str) -> Iterator[tuple[httpx2.Client, subpro
             yield client, process
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        print(process.communicate(timeout=60)[1])  # pytest shows it where a test fails
 
 
-def until(client: httpx2.Client, path: str, is_so: Callable[[Any], bool], seconds: float = 120.0) -> Any:
+def until(client: httpx2.Client, path: str, is_so: Callable[[Any], bool], pause: float = 0.3) -> Any:
     """What is answered once it is so."""
-    deadline = time.monotonic() + seconds
-    while not is_so(told := client.get(path).raise_for_status().json()):
-        assert time.monotonic() < deadline, told
-        time.sleep(0.3)
-    return told
+    told: list[Any] = []
+
+    def look() -> bool:
+        told.append(client.get(path).raise_for_status().json())
+        return is_so(told[-1])
+
+    waiting.until(look, pause)
+    return told[-1]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from rank_search.errors import (
 )
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front
-from rank_search.launch.exits import PREEMPTED, exit_code
+from rank_search.launch.exits import SYSTEM, exit_code
 from rank_search.launch.worker import main as worker_main
 from rank_search.measurement import Measurement
 from rank_search.preparing import Prepared, prepare
@@ -146,7 +146,7 @@ def test_a_host_without_memory_fails_the_trial_and_a_worker_without_any_says_so_
         with monkeypatch.context() as patch:
             patch.setattr("rank_search.api.run", Mock(side_effect=error))
             patch.setattr("rank_search.launch.worker.QUIET", {})
-            assert worker_main([str(prepared.study.folder / "study.toml")]) == PREEMPTED
+            assert worker_main([str(prepared.study.folder / "study.toml")]) == SYSTEM
         assert re.fullmatch(r"rank-search: error: out of memory .*\n", capsys.readouterr().err)
 
 
@@ -164,7 +164,7 @@ def test_a_lost_gpu_ends_the_process_and_its_trial_is_proposed_again(
     ):
         work(study, evaluator, 4)
     assert len(evaluator.measured) == 2  # not once more in this process
-    assert exit_code(DeviceLostError("x")) == PREEMPTED
+    assert exit_code(DeviceLostError("x")) == SYSTEM
     assert [trial.state for trial in _view(tmp_path).trials] == [State.COMPLETE, State.REQUEUED]
     healthy = Failure(prepared, lambda n, _: None)
     with _open(prepared, tmp_path) as study:

@@ -12,9 +12,10 @@ from rank_search.launch.fleet import Crew, ServiceFleet
 from rank_search.launch.worker import study_file
 from rank_search.spec import StudyFile
 from rank_search.study.store import StudyStore
-from rank_search.study.submissions import submit
+from rank_search.study.submissions import Fate, submissions, submit
 from rank_search.study.upgrading import upgrade
 from tests.contract.synthetic import make_spec
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("trouble", [StorageError("connection refused"), InputError("kubectl did not answer")])
@@ -32,12 +33,34 @@ def test_the_fleet_outlives_troubles_of_the_database_and_of_its_engine(
     monkeypatch.setattr(ServiceFleet, "_tick", tick)
     fleet = ServiceFleet(f"sqlite:///{tmp_path}/study.db", tmp_path, Crew())
     fleet.start()
-    deadline = time.monotonic() + 5
-    while len(ticks) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(ticks) >= 5, pause=0.01)
     fleet.stop()
-    assert len(ticks) >= 5
     assert capsys.readouterr().err == f"rank-search: {trouble}\n"  # told once
+
+
+def test_a_start_that_fails_half_way_leaves_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    upgrade(storage)
+    ended: list[str] = []
+
+    class HalfStarted:
+        trouble = ""
+
+        def start(self) -> None:
+            raise InputError("worker 1 cannot be started: [Errno 28] No space left on device")
+
+        def kill(self) -> None:
+            ended.append("killed")
+
+    monkeypatch.setattr("rank_search.launch.fleet.make_launcher", lambda *_: HalfStarted())
+    with StudyStore(storage) as store:
+        submit(store.engine, make_spec("taken"), "ana", most=9)
+        fleet = ServiceFleet(storage, tmp_path, Crew())
+        fleet.start()
+        until(lambda: submissions(store.engine)[0].fate is Fate.GIVEN_UP)
+        fleet.stop()
+        assert "No space left" in (submissions(store.engine)[0].reason or "")
+    assert ended == ["killed"]
 
 
 def test_a_worker_joins_by_hand_what_the_service_took_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

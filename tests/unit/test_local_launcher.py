@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from rank_search.launch.devices import Slot
 from rank_search.launch.job import Job, Worker
 from rank_search.launch.local import LocalLauncher
 from rank_search.launch.supervisor import View, Watch, supervise
+from tests.waiting import LONG, until
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +32,14 @@ def make_launcher(folder: Path, script: str, **changes: float) -> LocalLauncher:
 
 def once(launcher: LocalLauncher, is_so: Callable[[Worker], bool]) -> Worker:
     """The one worker as soon as it is so."""
-    deadline = time.monotonic() + 5
-    while not is_so(worker := launcher.workers()[0]):
-        assert time.monotonic() < deadline, worker
-        time.sleep(0.01)
-    return worker
+    seen: list[Worker] = []
+
+    def look() -> bool:
+        seen.append(launcher.workers()[0])
+        return is_so(seen[-1])
+
+    until(look, pause=0.01)
+    return seen[-1]
 
 
 def test_a_worker_whose_log_is_on_a_full_disk_is_started_again_when_there_is_room(tmp_path: Path) -> None:
@@ -83,31 +86,35 @@ class Shown:
 
     def __init__(self) -> None:
         self.views: list[View] = []
+        self.on_show: Callable[[View], None] = lambda view: None
 
     def show(self, view: View) -> None:
         self.views.append(view)
+        self.on_show(view)
 
 
 def test_a_signal_reaches_the_workers_at_once_while_the_database_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rank_search.launch.supervisor.WAIT_SECONDS", 0.1)
-    script = f"test $ROLE = dies && exit 69; trap 'touch {tmp_path}/told; exit 75' TERM; while :; do sleep 0.05; done"
+    ready = tmp_path / "ready"
+    waits = f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {ready}; while :; do sleep 0.05; done"
+    script = f"test $ROLE = dies && exit 69; {waits}"
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"postgresql://u:p@127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout=4"
+        url = f"postgresql://u:p@127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout={2 * LONG:.0f}"
         job = Job(tmp_path / "study.toml", "tiny", url, tmp_path / "logs", grace=10.0)
-        watch, shown, sent = Watch(job, 5), Shown(), [0.0]
+        watch, shown, sent = Watch(job, 5), Shown(), []
 
-        def stop() -> None:
-            sent[0] = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
+        def stop(view: View) -> None:
+            if not sent and ready.exists() and all(worker.restarts > 0 for worker in view.workers[:2]):
+                sent.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
 
+        shown.on_show = stop
         # Of each worker that dies the database is asked what it has measured.
         slots = [Slot("1 core", (), {"ROLE": role}) for role in ("dies", "dies", "waits")]
-        timer = threading.Timer(0.5, stop)
-        timer.start()
         assert supervise(LocalLauncher(job, slots, watch.measured, ["sh", "-c", script]), job, watch, shown) == 75
-    assert time.monotonic() - sent[0] < 2
+    assert time.monotonic() - sent[0] < LONG  # nobody has waited for the database
     assert (tmp_path / "told").exists()
     workers = shown.views[-1].workers
     assert [worker.state for worker in workers] == ["stopped"] * 3

@@ -30,7 +30,7 @@ from rank_search.study import jobs, tokens
 from rank_search.study.engine import storage_error
 from rank_search.study.requests import Action, asked_for
 from rank_search.study.store import StudyStore
-from tests.contract.synthetic import make_spec
+from tests.contract.synthetic import make_allocator, make_facts, make_spec, open_study
 from tests.data.service import BASE, MEASURED, WANTED, Served, served
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +70,19 @@ def test_a_study_is_told_as_the_database_has_it(service: Served) -> None:
     assert (told["best_loss"], told["front"]) == (status.best_loss, len(front))
     assert told["file"]["name"] == "tiny"
     assert [study["name"] for study in _get(service, "/v1/studies").json()["studies"]] == ["tiny"]
+
+
+def test_a_study_that_is_being_made_is_there_already(own: Served) -> None:
+    """A worker stores the study first, and Optuna's study a moment later."""
+    allocator = make_allocator()
+    spec = make_spec("made")
+    own.client.post("/v1/studies", json=json.loads(spec.model_dump_json()), headers=own.writing).raise_for_status()
+    with StudyStore(own.storage) as store:
+        store.add_study(spec, make_facts(allocator))
+    told = _get(own, "/v1/studies/made").json()
+    assert (told["finished"], told["dashboard"]) == (0, None)
+    open_study(own.storage, "made").close()
+    assert _get(own, "/v1/studies/made").json()["dashboard"].startswith("/dashboard/studies/")
 
 
 def test_trials_come_in_pages(service: Served) -> None:

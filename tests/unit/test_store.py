@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
+import pymysql
 import pytest
 
-from rank_search.errors import StorageError, StudyMismatchError
+from rank_search.errors import StorageError, StudyMismatchError, UnavailableError
 from rank_search.spec import parse_study
-from rank_search.study.engine import make_engine, parse_url, shown
+from rank_search.study.engine import make_engine, parse_url, shown, storage_error
 from rank_search.study.facts import StudyFacts
 from rank_search.study.liveness import WorkerId
 from rank_search.study.schema import ensure_schema
@@ -92,6 +94,26 @@ def test_a_missing_driver_names_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(StorageError, match=r"pip install 'rank-search\[postgresql\]'"):
         make_engine("postgresql://me@host/db")
+
+
+@pytest.mark.parametrize("state", ["08006", "25006", "40P01", "53300", "55P03", "57014", "57P01", "58030"])
+def test_what_a_postgresql_server_gets_over_may_pass(state: str) -> None:
+    error = psycopg.errors.lookup(state)("cannot execute INSERT in a read-only transaction")
+    assert isinstance(storage_error(parse_url("postgresql://host/db"), error), UnavailableError)
+
+
+@pytest.mark.parametrize("state", ["28P01", "3D000", "42501", "42P01"])
+def test_what_only_a_person_can_mend_does_not_pass(state: str) -> None:
+    error = psycopg.errors.lookup(state)("permission denied for table studies")
+    assert not isinstance(storage_error(parse_url("postgresql://host/db"), error), UnavailableError)
+
+
+@pytest.mark.parametrize("number", [1020, 1158, 1213, 1290, 1317, 1836, 1927, 1969, 2013])
+def test_what_a_mysql_server_gets_over_may_pass(number: int) -> None:
+    error = pymysql.err.OperationalError(number, "The server is running with the --read-only option")
+    assert isinstance(storage_error(parse_url("mysql://host/db"), error), UnavailableError)
+    lasting = pymysql.err.OperationalError(1142, "INSERT command denied to user")
+    assert not isinstance(storage_error(parse_url("mysql://host/db"), lasting), UnavailableError)
 
 
 @pytest.mark.parametrize("kind", ["nosuch", "oracle", "mssql+pyodbc"])
