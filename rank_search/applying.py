@@ -19,7 +19,7 @@ from rank_search.export.rank_map_file import RankMapFile
 from rank_search.metrics.collecting import Metrics, check_metrics
 from rank_search.model.device import resolve_device
 from rank_search.model.load import LoadedModel, load_model, locate
-from rank_search.preparing import maker_for, prepare
+from rank_search.preparing import Prepared, maker_for, prepare
 from rank_search.progress import SILENT, Progress
 from rank_search.score import Score, score
 from rank_search.spec import ModelSpec, StudyFile, StudySpec
@@ -69,6 +69,7 @@ def apply_rank_map(
         check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest),
         check_text=lambda splits: _check_calibration(file, splits.calibration_digest),
     )  # fmt: skip
+    _tell_of_other_factors(file, prepared, progress, is_own_model=model is None)
     evaluator = Evaluator(prepared)
     with evaluator.applied(file.rank_map, progress) as applied:
         with progress.step("checkpoint"):
@@ -97,6 +98,17 @@ def _check_calibration(file: RankMapFile, now: str) -> None:
             f"the rank map was made with calibration blocks {str(file.digests.calibration)[:12]}, but "
             f"{file.recipe.data.train!r} now gives {now[:12]}; restore the text, or make a rank map with this one"
         )
+
+
+def _tell_of_other_factors(file: RankMapFile, prepared: Prepared, progress: Progress, *, is_own_model: bool) -> None:
+    """Say so where this version makes the factors otherwise than the one whose measurement the file holds."""
+    made = {prepared.bank.key.digest, prepared.trial_banks.digest}  # an allocation's file is of the first, a trial's of
+    if file.digests.bank is None or file.digests.bank in made or not is_own_model:  # the second
+        return
+    progress.say(
+        f"the rank map file is of factor bank {file.digests.bank[:12]}, and this version makes another one, "
+        f"{prepared.trial_banks.digest[:12]}; a loss in the file is that of other factors"
+    )
 
 
 def _recipe(file: RankMapFile, model: str | None, finetune: bool, device: str, *, trust_remote_code: bool) -> StudySpec:

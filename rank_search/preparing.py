@@ -29,7 +29,7 @@ from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import RankMap, RankSpace
-from rank_search.spec import StudyFile, StudySpec
+from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
 from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
@@ -61,7 +61,7 @@ class Prepared:
     space: RankSpace
     splits: Splits
     bank: FactorBank
-    """Factors as decomposed, and their predicted rises."""
+    """Factors as decomposed, scaled by their layers' gains, and their predicted rises."""
     trial_banks: TrialBanks
     """What trials slice: ``bank``, or in nested mode its fine-tuned factors, range by range."""
     built: bool
@@ -204,10 +204,25 @@ def _nested_banks(
     checkpoints = Checkpoints.in_folder(study.work_dir, spec.run)
     remote = _remote(spec, progress)
 
+    def finetune_of(number: int) -> FinetuneSpec:
+        return spec.finetune.at(sum(trained_range(ranges[number])) / 2, space.storage)
+
+    def key_of(number: int) -> BankKey:
+        told = {
+            "finetune": finetune_of(number).model_dump(exclude={"steps", "tokens", "nested_ranges"}),
+            "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
+            "range": trained_range(ranges[number]),
+            "train": splits.train_digest,
+            # The rank maps of the steps leave these as they are, and have ranks of these multiples.
+            **({"frozen": space.frozen} if space.frozen else {}),
+            **({"multiple": space.multiple} if space.multiple > 1 else {}),
+        }
+        tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return dataclasses.replace(bank.key, tuned=tuned)
+
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
-        drawn = trained_range(ranges[number])
-        finetune = spec.finetune.at(sum(drawn) / 2, space.storage)
+        drawn, finetune, key = trained_range(ranges[number]), finetune_of(number), key_of(number)
 
         def build() -> dict[str, Factors]:
             progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")
@@ -220,17 +235,6 @@ def _nested_banks(
                 lambda: progress.say("out of memory in the nested fine-tune; once more with every batch in two parts"),
             )  # fmt: skip
 
-        told = {
-            "finetune": finetune.model_dump(exclude={"steps", "tokens", "nested_ranges"}),
-            "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
-            "range": drawn,
-            "train": splits.train_digest,
-            # The rank maps of the steps leave these as they are, and have ranks of these multiples.
-            **({"frozen": space.frozen} if space.frozen else {}),
-            **({"multiple": space.multiple} if space.multiple > 1 else {}),
-        }
-        tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        key = dataclasses.replace(bank.key, tuned=tuned)
         checkpoint = checkpoints.of(bank=key.digest)
         tuned_bank = open_or_build(study.work_dir, key, build, bank.made, on_wait, turn, remote)
         if checkpoint is not None:
@@ -251,4 +255,5 @@ def _nested_banks(
         progress.say("another process is making a nested fine-tune; waiting")
 
     banks = tuple(made[number] if number in made else make(number, tell) for number in wanted)
-    return TrialBanks(banks, tops) if only is None else TrialBanks.single(*banks)
+    keys = [key_of(number) for number in range(len(ranges))]
+    return TrialBanks.of(banks, tops if only is None else [1.0], keys)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from rank_search.earlier import STORED, as_meant
 from rank_search.errors import StudyFileError, StudyMismatchError
 from rank_search.ranks import Storage
 from rank_search.search_spec import STOP_KEYS, Fraction, Name, Positive, Seed, Table
@@ -233,7 +234,9 @@ class FinetuneSpec(Table):
         return self
 
     @model_validator(mode="after")
-    def _trains_something(self) -> FinetuneSpec:
+    def _trains_something(self, info: ValidationInfo) -> FinetuneSpec:
+        if info.context == STORED:  # it came before the rule, and does what "factors" does
+            return self
         if self.mode == "nested" and self.train == "all" and not self.steps and self.tokens is None:
             raise ValueError(
                 "train = 'all' is for a trial's own steps, of which nested mode has none by itself; "
@@ -448,8 +451,8 @@ def load_study_file(path: Path | str) -> StudyFile:
     return StudyFile(spec=parse_study(tables, where=f"study file {path}"), folder=path.parent)
 
 
-def parse_study(tables: dict[str, Any], *, where: str) -> StudySpec:
-    """Check the tables of a study file.
+def parse_study(tables: dict[str, Any], *, where: str, stored: bool = False) -> StudySpec:
+    """Check the tables of a study file, or of one that was ``stored`` by this version or an earlier one.
 
     Raises:
         StudyFileError: one line that names the first field against the schema.
@@ -459,7 +462,8 @@ def parse_study(tables: dict[str, Any], *, where: str) -> StudySpec:
         raise StudyFileError(f"{where}: no key takes a date or time, as {value} is; put text in quotes")
 
     try:
-        return StudySpec.model_validate_json(json.dumps(tables, default=refuse_date))
+        text = json.dumps(as_meant(tables) if stored else tables, default=refuse_date)
+        return StudySpec.model_validate_json(text, context=STORED if stored else None)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from rank_search.errors import RankSearchError
 
 
-def run(main: Callable[[], object]) -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Call it; what is wrong with its input becomes one line on stderr and the command line's exit code."""
     try:
         main()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _browser import FIGURES, chromium, figure, serving
+from _run import run_script
 from bench_service import NAME, add_trial, filled, open_study, searching, tell
 
 from rank_search.dashboard.refreshing import Refreshing
@@ -144,4 +145,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

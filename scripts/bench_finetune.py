@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from _bench import peak_memory, print_table, write_report
+from _run import run_script
 
 from rank_search.compress.low_rank import compressed
 from rank_search.model.device import synchronize
@@ -87,4 +88,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from _bench import evaluator_with, print_table, text_examples, write_report
+from _run import run_script
 
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap
@@ -90,4 +91,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from _bench import environment, print_table
+from _run import run_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,7 +55,7 @@ def main() -> None:
             form.add_argument("--json", type=Path)
             form.add_argument("--blocks", type=int, default=64, help="calibration blocks")
             form.add_argument("--batch", type=int, default=1, help="blocks in a calibration batch")
-            form.add_argument("--gpu-memory", type=float, help="GiB: as if the GPU had no more")
+            form.add_argument("--gpu-memory", type=float, help="GiB: the GPU's allocator gives no more")
         else:
             form.add_argument("--statistics-memory", type=float, default=18.0)
         form.add_argument("--storage", default="pivoted", choices=("pivoted", "two-factor"))
@@ -66,6 +67,8 @@ def main() -> None:
     if args.form == "plan":
         print_table(plan(args))
         return
+    if args.gpu_memory is not None and {"default", "all"} & {*args.statistics_memory}:
+        parser.error("--gpu-memory needs --statistics-memory in GiB: shares are taken of the whole GPU's memory")
     spawn = multiprocessing.get_context("spawn")  # fresh processes: what one has held says nothing about the next
     _in_process(spawn, make_model, args)
     report: list[dict[str, Any]] = []
@@ -246,4 +249,4 @@ def _owners(layers: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ import torch
 from _bench import environment, evaluator_with
 from _methods import NAMES, VARIANTS, Base, Seeded, Variant
 from _rows import RowFile, read_rows, report
+from _run import run_script
 
 from rank_search.baselines.methods import Allocations
 from rank_search.errors import NonFiniteLossError
@@ -183,4 +184,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from _bench import evaluator_with, print_table, write_report
+from _run import run_script
 from rich.progress import track
 from scipy.stats import spearmanr
 
@@ -75,4 +76,4 @@ def _rank_maps(prepared: Prepared, kept: float, count: int) -> list[RankMap]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ import torch
 from _bench import environment, print_table
 from _made_up import facts_of, made_up_allocator, made_up_measurement
 from _postgres import postgres
+from _run import run_script
 
 from rank_search import api
 from rank_search.allocation import Allocator
@@ -139,4 +140,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

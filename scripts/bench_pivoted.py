@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from _bench import print_table, write_report
+from _run import run_script
 from torch import Tensor, nn
 
 from rank_search.compress.low_rank import LowRankLinear
@@ -71,4 +72,4 @@ def _error(module: nn.Module, x: Tensor, exact: Tensor, dtype: torch.dtype) -> f
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from _bench import peak_memory, print_table, with_work_dir, write_report
+from _run import run_script
 
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import load_study_file
@@ -50,4 +51,4 @@ def _row(start: str, prepared: Prepared, seconds: float) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from _competitors import budgets
+from _run import run_script
 from _search_rows import Protocol, hypervolume
 from _surrogate import Surrogate
 from rich.console import Console
@@ -176,4 +177,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

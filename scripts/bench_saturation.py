@@ -42,6 +42,7 @@ import numpy as np
 import psutil
 from _made_up import facts_of, made_up_allocator, made_up_measurement
 from _postgres import postgres
+from _run import run_script
 from sqlalchemy import create_engine, text
 
 from rank_search.allocation import Allocator
@@ -218,4 +219,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from _bench import environment, print_table
+from _run import run_script
 
+from rank_search.atomic import write_atomically
 from rank_search.launch import exits
 from rank_search.launch.launching import launch
 from rank_search.launch.supervisor import View
@@ -71,6 +73,10 @@ def _row(study: Path, workers: int, trials: int) -> dict[str, Any]:
     by_worker: defaultdict[str, list[TrialRecord]] = defaultdict(list)
     for trial in measured:
         by_worker[trial.worker].append(trial)
+    if len(by_worker) > workers:
+        raise SystemExit(
+            f"{len(by_worker) - workers} workers were started again, so that rates do not add up; see logs/"
+        )
     if len(by_worker) < workers or any(len(own) < 2 for own in by_worker.values()):
         raise SystemExit(f"{trials} trials are too few for {workers} workers; each needs two")
     counted = [trial for own in by_worker.values() for trial in own[1:] if trial.measurement is not None]
@@ -103,7 +109,7 @@ def _report(told: Mapping[str, Any], rows: Sequence[dict[str, Any]], path: Path 
     print_table(rows)
     if path is not None:
         report = {"environment": told["environment"], "study": told["study"], "rows": rows}
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def _arguments() -> argparse.Namespace:
@@ -120,4 +126,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

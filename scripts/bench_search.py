@@ -46,6 +46,7 @@ from pathlib import Path
 
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
+from _run import run_script
 from _search_rows import Protocol, RecordFile, Run, merged, report
 
 from rank_search.api import facts_of
@@ -433,4 +434,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,6 +34,7 @@ from typing import Any, Self
 
 import numpy as np
 from _made_up import facts_of, made_up_allocator
+from _run import run_script
 
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import RankMap, RankSpace
@@ -255,4 +256,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from _bench import print_table, with_work_dir, write_report
+from _run import run_script
 
 from rank_search.preparing import prepare
 from rank_search.spec import StudyFile, load_study_file, parse_study
@@ -61,4 +62,4 @@ def _changed(study: StudyFile, setting: str, value: object) -> StudyFile:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from _bench import evaluator_with, print_table
+from _run import run_script
 
 from rank_search.preparing import prepare
 from rank_search.spec import load_study_file
@@ -51,4 +52,4 @@ def _row(name: str, rises: list[float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

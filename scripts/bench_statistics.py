@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from _bench import print_table, write_report
+from _run import run_script
 from torch import Tensor, nn
 
 from rank_search.allocation import Allocator
@@ -237,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

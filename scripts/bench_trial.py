@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from _bench import environment, peak_memory, print_table, write_report
+from _run import run_script
 
 from rank_search.api import facts_of
 from rank_search.preparing import prepare
@@ -62,4 +63,4 @@ def _trial(study: Study, evaluator: Evaluator) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

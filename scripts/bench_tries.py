@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from _bench import print_table, write_report
+from _run import run_script
 from _tries import Bench, Distilling
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -253,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

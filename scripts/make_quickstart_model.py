@@ -19,6 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from _run import run_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
@@ -198,4 +199,4 @@ Made by
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

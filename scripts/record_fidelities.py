@@ -14,6 +14,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from _run import run_script
+
 from rank_search.api import facts_of, storage_url
 from rank_search.atomic import write_atomically
 from rank_search.preparing import prepare
@@ -75,4 +77,4 @@ def recorded(url: str, name: str, dense_params: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from _browser import FIGURES, chromium, figure, serving
+from _run import run_script
 from PIL import Image
 from playwright.sync_api import Browser, FloatRect, Page
 
@@ -93,4 +94,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from _run import run_script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rank_search.cli.progress import TerminalProgress
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

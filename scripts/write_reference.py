@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from _run import run_script
 from pydantic import BaseModel
 
 from rank_search.export.rank_map_file import json_schema
@@ -57,4 +58,4 @@ def _rows(table: type[BaseModel]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -64,7 +64,8 @@ class Allocations:
     """Every allocation rule on one set of factors; what a rule has to measure on the model is measured once.
 
     Args:
-        factors: as decomposed. Where they hold all components of a matrix, the rules by gradients look at each.
+        factors: of the study's bank, the gains of its layers in them. Where they hold all components of a matrix, the
+            rules by gradients look at each.
         calibration: where losses and gradients are measured.
         evaluations: of Bolaco's search, at each kept fraction.
         search_blocks: the first calibration blocks, on which ASVD and Bolaco score rank maps.

@@ -92,17 +92,18 @@ def apply(
             f"the rank map file has {recorded.loss:.4f} ± {recorded.standard_error:.4f} ({recorded.fidelity}{of})"
         )
     trust = ", trust_remote_code=True" if form == "factored" else ""
+    trusted = trust_remote_code and form == "dense"  # the factored form brings no code that this package would run
     from rank_search.task import TASKS
 
     auto_class = TASKS[recipe.model.task].auto_class
     typer.echo(f'Load it:     transformers.{auto_class}.from_pretrained("{output}"{trust})')
-    typer.echo(f"Evaluate it: {_evaluate_command(output, recipe, rank_map.parent)}")
+    typer.echo(f"Evaluate it: {_evaluate_command(output, file.recipe, rank_map.parent, trust=trusted)}")
 
 
-def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path) -> str:
+def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path, *, trust: bool = False) -> str:
     """How to score a checkpoint as its study would: on the test text, else on what else the study names.
 
-    ``folder`` is what the recipe's relative paths start from.
+    ``folder`` is what the recipe's relative paths start from; ``trust``: the model needs code of its own.
     """
     data, defaults = recipe.data, DataSpec()
     role = next((role for role in ("test", "validation") if getattr(data, role) is not None), "train")
@@ -112,15 +113,19 @@ def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path) -> str:
     if recipe.model.task != "causal-lm":
         given["task"] = recipe.model.task
     split = getattr(data, f"{role}_split")
-    if split != _SPLIT and source != PYTHON_DOCS and not path.is_file():
-        given["train_split"] = split
+    if source != PYTHON_DOCS and not path.exists():
+        given |= {"train_split": split} if split != _SPLIT else {}
+        given |= {"data_revision": data.revision} if data.revision is not None else {}
     for field in ("config", "column", "pair_column", "label_column", "target_column"):
         if getattr(data, field) != getattr(defaults, field):
             given[field] = getattr(data, field)
     given["sequence_length"] = str(data.sequence_length)
+    if role != "train" and (blocks := getattr(data, f"{role}_blocks")) is not None:
+        given["blocks"] = str(blocks)
     options = [word for field, value in given.items() for word in (option_of(field), value)]
     seen = "  # it was made with some of this text; name another one" if role == "train" else ""
-    return shlex.join(["rank-search", "evaluate", str(checkpoint), *options]) + seen
+    trusted = ["--trust-remote-code"] if trust else []
+    return shlex.join(["rank-search", "evaluate", str(checkpoint), *options, *trusted]) + seen
 
 
 def evaluate(
@@ -144,6 +149,10 @@ def evaluate(
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME", help="Configuration of a hub dataset.", show_default=False)
+    ] = None,
+    data_revision: Annotated[
+        str | None,
+        typer.Option(metavar="COMMIT", help="Commit, tag or branch of a hub dataset.", show_default=False),
     ] = None,
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column that holds the text. Default: text.", show_default=False)
@@ -182,6 +191,7 @@ def evaluate(
     options = {
         "train_split": split, "config": config, "column": column, "pair_column": pair_column,
         "label_column": label_column, "target_column": target_column, "sequence_length": sequence_length,
+        "revision": data_revision,
     }  # fmt: skip
     given = {field: value for field, value in options.items() if value is not None}
     asked = {field: value for field, value in {"task": task, "metric": metric}.items() if value is not None}
@@ -209,9 +219,9 @@ def _text_of(
         )
     if study is not None:
         if given or asked:
-            raise InputError(
-                f"{option_of(next(iter([*given, *asked])))} goes with --data; with --study the study file says it"
-            )
+            first = next(iter([*given, *asked]))
+            option = "--data-revision" if first == "revision" else option_of(first)
+            raise InputError(f"{option} goes with --data; with --study the study file says it")
         return None, load_study_file(study)
     try:
         return DataSpec.model_validate({"train": data, "train_split": _SPLIT, **given}), None

@@ -57,8 +57,8 @@ def check_output(path: Path) -> None:
 _KEYS = (
     "model.task", "model.revision", "model.trust_remote_code",
     "targets.layers", "targets.share", "targets.include", "targets.exclude", "targets.split_qkv", "targets.granularity",
-    "data.train", "data.train_split", "data.config", "data.column", "data.pair_column", "data.label_column",
-    "data.target_column", "data.sequence_length",
+    "data.train", "data.train_split", "data.config", "data.revision", "data.column", "data.pair_column",
+    "data.label_column", "data.target_column", "data.sequence_length",
     "validation.metrics", "validation.trust_remote_code",
 )  # fmt: skip
 """Keys of the study file that are options of ``evaluate`` or ``layers``."""
@@ -87,7 +87,9 @@ def keys_as_options() -> Iterator[None]:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    option, value = option_of(found["key"].partition(".")[2]), found["quoted"] or found["double"]
+    key = found["key"]
+    option = option_of("data_revision" if key == "data.revision" else key.partition(".")[2])
+    value = found["quoted"] or found["double"]
     if found["word"] == "false":
         return f"leave out {option}" if found["set"] else f"no {option}"
     return f"{'give ' if found['set'] else ''}{option}{f' {value}' if value else ''}"

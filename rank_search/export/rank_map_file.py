@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rank_search.atomic import write_atomically
+from rank_search.earlier import STORED, as_meant
 from rank_search.errors import RankMapError
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
@@ -198,8 +199,10 @@ class RankMapFile(_Part):
                 f"rank map file {path}: schema_version must be {SCHEMA_VERSION}, not {version!r}; "
                 f"read it with the version of rank-search that wrote it"
             )
+        if isinstance(recipe := tables.get("recipe"), dict):
+            tables["recipe"] = as_meant(recipe)
         try:
-            return cls.model_validate_json(json.dumps(tables))
+            return cls.model_validate_json(json.dumps(tables), context=STORED)
         except ValidationError as error:
             raise RankMapError(f"rank map file {path}: {_first_fault(error)}") from None
 

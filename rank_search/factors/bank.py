@@ -38,6 +38,8 @@ _LOOK_SECONDS = 0.1
 
 _RECIPES = {"asvd": "asvd: E|x|"}
 """Methods whose factors were once made otherwise, with what their keys say now; all other banks stay good."""
+_LATER = {"gain_step": 0.0}
+"""Fields of keys that came later, with the value that leaves factors as they were."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class BankKey:
     gain_step: float = 0.0
     """Of the Newton step by which every layer's factors were scaled."""
     tuned: str = ""
-    """Digest of the nested fine-tune that the factors went through; empty for the factors as decomposed."""
+    """Digest of the nested fine-tune that the factors went through; empty for factors that were not trained."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -85,10 +87,16 @@ class BankKey:
             gain_step=spec.gain_step if spec.method == "kfac" and anchor < 1 else 0.0,
         )  # fmt: skip
 
+    def told(self) -> dict[str, Any]:
+        """The key as plain data, without later fields that change nothing: banks of before keep their names."""
+        told = {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
+        plain: dict[str, Any] = json.loads(json.dumps(told))
+        return plain
+
     @property
     def digest(self) -> str:
         """SHA-256 of the key's JSON form."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.told(), sort_keys=True).encode()).hexdigest()
 
 
 class FactorBank:
@@ -132,16 +140,25 @@ class FactorBank:
 class TrialBanks:
     """What trials slice: one bank, or banks for ranges of kept fractions (of the target layers).
 
-    ``tops`` are the upper ends of the ranges, ascending.
+    ``tops`` are the upper ends of the ranges, ascending; ``digest`` is of the keys of all banks of the study, which are
+    more where only those that are needed were opened.
     """
 
     banks: tuple[FactorBank, ...]
     tops: tuple[float, ...]
+    digest: str
 
     @classmethod
     def single(cls, bank: FactorBank) -> TrialBanks:
         """One bank for all rank maps."""
-        return cls((bank,), (1.0,))
+        return cls.of([bank], [1.0])
+
+    @classmethod
+    def of(cls, banks: Sequence[FactorBank], tops: Sequence[float], keys: Sequence[BankKey] = ()) -> TrialBanks:
+        """Banks for ranges, of a study that has those of ``keys``, or no others. A single bank's digest is its own."""
+        digests = [key.digest for key in keys or [bank.key for bank in banks]]
+        digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return cls(tuple(banks), tuple(tops), digest)
 
     def at(self, kept: float) -> FactorBank:
         """The bank whose range holds ``kept``; outside of all, the nearest."""
@@ -151,12 +168,6 @@ class TrialBanks:
     def place(tops: Sequence[float], kept: float) -> int:
         """Which of the ranges holds ``kept``."""
         return min(bisect_left(tops, kept), len(tops) - 1)
-
-    @property
-    def digest(self) -> str:
-        """Of the banks' keys: of a single bank its own."""
-        digests = [bank.key.digest for bank in self.banks]
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def tails(factors: Mapping[str, Factors]) -> dict[str, NDArray[np.float64]]:
@@ -181,7 +192,7 @@ def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
-            if header["key"] != json.loads(json.dumps(asdict(key))):
+            if header["key"] != key.told():
                 raise BankError(
                     f"factor bank {path} was made from something else than its name says; delete it and run again"
                 )
@@ -354,7 +365,7 @@ def _write(
         rank = LayerShape(name, m, n).max_rank(key.storage)
         shapes[f"{name}.out"], shapes[f"{name}.inn"] = (torch.float32, (rank, m)), (torch.float32, (rank, n))
         shapes[f"{name}.sigma"] = torch.float64, (min(m, n),)
-    header = {"bank": json.dumps({"key": asdict(key), "made": dict(made)})}
+    header = {"bank": json.dumps({"key": key.told(), "made": dict(made)})}
     try:
         with ExitStack() as writing:
             with _told_apart():

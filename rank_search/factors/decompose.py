@@ -26,9 +26,12 @@ Root = Tensor | None
 class Factors:
     """Sorted factors of one matrix: ``W ≈ out[:r].T @ inn[:r]`` is the best of rank r in the method's metric.
 
+    In a bank with ``factors.gain_step`` it is that times one number a layer, which is in ``out``.
+
     Attributes:
         out: rows of the outer factor, transposed so that a rank is a contiguous slice.
-        inn: rows of the inner factor. The two rows of a rank have equal norms, so that both train at one rate.
+        inn: rows of the inner factor. As decomposed, the two rows of a rank have equal norms, so that both train at one
+            rate.
         sigma: all singular values in the method's metric, descending; ``½ Σ_{i>r} σᵢ²`` is the predicted rise at r
             (in nats for ``kfac``).
     """

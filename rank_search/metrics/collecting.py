@@ -6,6 +6,7 @@ given follows from its name and the task: losses, classes, or texts that the mod
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ def _is_number(value: object) -> bool:
         return False
 
 
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""Errors of writing into an open file, which name none."""
+
+
 def _load(name: str) -> Any:
     """A module of ``evaluate``, with nothing in it yet."""
     import evaluate
@@ -139,7 +144,7 @@ def _load(name: str) -> Any:
         return evaluate.load(place, keep_in_memory=True)
     except (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = one_line(error)
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_DISKS):
             # The system's, about a file; what the library says about the hub names none.
             way_out = "name a folder that can be written in HF_HOME"
             raise MetricError(f"metric {name!r} cannot be kept in the cache: {reason}; {way_out}") from error

@@ -53,18 +53,25 @@ class LoadedModel:
     @property
     def max_length(self) -> int | None:
         """Longest sequence the model takes, where its configuration says so."""
-        value = getattr(self.model.config, "max_position_embeddings", None)
-        if not isinstance(value, int) or value <= 0:
-            return None
-        return value - max((_unused_positions(name, value, m) for name, m in self.model.named_modules()), default=0)
+        return _max_length(self.model)
+
+
+def _max_length(model: PreTrainedModel) -> int | None:
+    value = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(value, int) or value <= 0:
+        return None
+    return value - max((_unused_positions(name, value, m) for name, m in model.named_modules()), default=0)
 
 
 def _unused_positions(name: str, count: int, module: nn.Module) -> int:
-    """Rows of a table of ``count`` positions that no token uses: RoBERTa counts positions from behind the padding's."""
-    if not isinstance(module, nn.Embedding) or "position" not in name.rsplit(".", 1)[-1]:
+    """Rows of a table of ``count`` positions that no token uses: RoBERTa counts positions from behind the padding's.
+
+    So does I-BERT, whose table is of a class of its own.
+    """
+    padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+    if "position" not in name.rsplit(".", 1)[-1] or not isinstance(padding, int) or not isinstance(table, Tensor):
         return 0
-    padding = module.padding_idx
-    return 0 if padding is None or module.num_embeddings != count else padding + 1
+    return padding + 1 if table.dim() == 2 and len(table) == count else 0
 
 
 @dataclass(frozen=True)
@@ -171,8 +178,13 @@ def make_ready(model: PreTrainedModel, tokenizer: Any, task: Task, label: str) -
 @torch.no_grad()
 def _sees_what_follows(model: PreTrainedModel) -> bool:
     """Whether the prediction after the first token depends on the last one, as an encoder's does."""
-    ids = torch.arange(4, 8).repeat(4, 1)
-    ids[:, -1] += torch.arange(4)  # several last tokens, since some may never have been trained, and be alike
+    table: Any = model.get_input_embeddings()
+    words, length = len(table.weight), min(4, _max_length(model) or 4)
+    if words < 2 or length < 2:
+        return False  # nothing to tell apart
+    # Several last tokens, since some may never have been trained, and be alike; from all of the vocabulary.
+    ids = torch.arange(length).repeat(min(8, words), 1) % words
+    ids[:, -1] = torch.linspace(0, words - 1, len(ids)).long()
     first = CAUSAL_LM.logits(model, {"input_ids": ids.to(devices_of(model)[0])})[:, 0]
     return bool((first - first[0]).norm(dim=-1).max() > _LEAK * first[0].norm())
 

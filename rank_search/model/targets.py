@@ -245,13 +245,13 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if type(module) in _LINEAR or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dim() in (2, 3) and min(parameter.shape) > 1 and _INDEX.search(name):
+            if parameter.dim() in (2, 3) and min(parameter.shape) > 1 and _INDEX.search(name) and "bias" not in name:
                 yield name, parameter
 
 
 def told_of_other_matrices(model: nn.Module) -> str | None:
     """One line about the matrices that stay dense, the largest by name, for whoever watches; None without any."""
-    matrices = list(other_matrices(model))
+    matrices = list({id(parameter): (name, parameter) for name, parameter in other_matrices(model)}.values())
     if not matrices:
         return None
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -259,8 +259,8 @@ def told_of_other_matrices(model: nn.Module) -> str | None:
     largest, _ = max(matrices, key=lambda named: named[1].numel())
     others = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
     return (
-        f"{largest}{others}: matrices of other modules than nn.Linear (experts of a mixture, say) are left dense; "
-        f"they hold {held / total:.1%} of the model"
+        f"{largest}{others}: parameters of two or three dimensions outside of nn.Linear (experts of a mixture, say) "
+        f"are left dense; they hold {held / total:.1%} of the model"
     )
 
 

@@ -43,7 +43,8 @@ def spec_json(spec: StudySpec) -> str:
 
 def spec_of(row: StudyRow) -> StudySpec:
     """A study's file."""
-    return parse_study(_json(row.spec, f"the file of study {row.name!r}"), where=f"study {row.name!r} in the database")
+    tables = _json(row.spec, f"the file of study {row.name!r}")
+    return parse_study(tables, where=f"study {row.name!r} in the database", stored=True)
 
 
 def study_record(row: StudyRow) -> StudyRecord:

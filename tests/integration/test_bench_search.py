@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from rank_search.errors import InputError
 from tests.conftest import StudyFactory
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -87,12 +86,15 @@ def test_searches_without_a_fine_tune_propose_at_all_budgets(
         assert len(sizes) >= 2
 
 
-def test_another_protocol_is_refused(bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path) -> None:
+def test_another_protocol_is_refused(
+    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study, rows = tiny_study(), tmp_path / "rows.jsonl"
     run = (study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "ladder")
     bench(*run, "--gpu-seconds", "0.1")
-    with pytest.raises(InputError, match=r"was made with gpu_seconds = 0\.1, not 0\.2"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         bench(*run, "--gpu-seconds", "0.2")
+    assert f"error: {rows} was made with gpu_seconds = 0.1, not 0.2; give" in capsys.readouterr().err
 
 
 def test_hypervolume_is_the_share_of_a_box(monkeypatch: pytest.MonkeyPatch) -> None:

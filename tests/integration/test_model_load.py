@@ -6,16 +6,28 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    IBertConfig,
+    IBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from rank_search.errors import ModelError
-from rank_search.model.load import LoadedModel, load_model, locate, weights_digest
+from rank_search.model.load import LoadedModel, load_model, locate, make_ready, weights_digest
 from rank_search.model.targets import find_targets
 from rank_search.spec import ModelSpec, TargetSpec
+from rank_search.task import CAUSAL_LM
 from tests.data import families, models
 
 CPU = torch.device("cpu")
@@ -174,12 +186,28 @@ def test_an_encoder_is_no_causal_language_model_though_it_loads_as_one(tmp_path:
     )
 
 
-def test_the_first_positions_of_a_roberta_are_those_of_padding(tmp_path: Path) -> None:
-    config = RobertaConfig(
+def test_a_vocabulary_of_a_few_letters_is_enough_to_look_for_a_leak() -> None:
+    tiny = {"vocab_size": 4, "n_positions": 3, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    make_ready(GPT2LMHeadModel(GPT2Config(**tiny)).eval(), None, CAUSAL_LM, "model")
+    leaky = BertConfig(
+        vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=3, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="sees the tokens that it should predict"):
+        make_ready(BertLMHeadModel(leaky).eval(), None, CAUSAL_LM, "model")
+
+
+@pytest.mark.parametrize(
+    ("config_of", "model_of"), [(RobertaConfig, RobertaForMaskedLM), (IBertConfig, IBertForMaskedLM)]
+)
+def test_the_first_positions_of_a_roberta_are_those_of_padding(
+    tmp_path: Path, config_of: Callable[..., Any], model_of: Callable[..., Any]
+) -> None:
+    config = config_of(
         vocab_size=models.VOCABULARY, hidden_size=models.HIDDEN, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=models.LENGTH + 2, pad_token_id=1,
     )  # fmt: skip
-    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    model_of(config).save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)
     loaded = load_model(ModelSpec(source=str(tmp_path), task="masked-lm"), Path(), CPU)
     assert loaded.max_length == models.LENGTH

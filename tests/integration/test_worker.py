@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
 import resource
@@ -297,6 +298,31 @@ def test_applying_a_rank_map_file_repeats_its_measurement_exactly(
     applied = rs.apply(tmp_path / "rank_map.json", tmp_path / "out")
     assert applied.loss == file.measurement.loss
     assert applied.num_params == file.measurement.num_params
+
+
+@pytest.mark.parametrize("mode", ["own", "nested"])
+def test_a_rank_map_file_of_other_factors_is_told(mode: str, write_study: StudyFactory, tmp_path: Path) -> None:
+    path = write_study(tmp_path, finetune={"mode": mode, "steps": 0, "nested_steps": 1, "nested_ranges": 2})
+    rs.run(path, trials=1)
+    rs.export(path, trial=0).write(tmp_path / "own.json", folder=tmp_path)
+    tables = json.loads((tmp_path / "own.json").read_text())
+    tables["digests"]["bank"] = "ab" * 32
+    (tmp_path / "other.json").write_text(json.dumps(tables))
+    rs.allocate(path, 0.6).write(tmp_path / "allocated.json", folder=tmp_path)
+    for name, told in (("own", 0), ("other", 1), ("allocated", 0)):
+        progress = Told()
+        rs.apply(tmp_path / f"{name}.json", tmp_path / name, progress=progress)
+        assert sum("makes another one" in line for line in progress.said) == told
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 @pytest.mark.parametrize("train", ["factors", "all"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import resource
@@ -11,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from threading import Event
@@ -102,6 +104,15 @@ def test_whatever_decides_the_content_is_in_the_key(change: dict[str, Any]) -> N
 
 def test_every_field_of_the_key_is_tested_above() -> None:
     assert len(fields(BankKey)) == 14
+
+
+def test_a_key_without_a_gain_is_what_it_was_before_there_were_gains(tmp_path: Path) -> None:
+    key = replace(KEY, gain_step=0.0)
+    before = {name: value for name, value in asdict(key).items() if name != "gain_step"}
+    assert key.digest == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    _assert_holds(open_or_build(tmp_path, key, _factors, MADE), _factors())
+    with safe_open(bank_path(tmp_path, key), framework="pt") as file:
+        assert "gain_step" not in json.loads(file.metadata()["bank"])["key"]
 
 
 def test_plain_svd_shares_its_bank_between_calibrations() -> None:

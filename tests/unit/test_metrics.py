@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_hub(monkeypatch: py
     with pytest.raises(
         MetricError, match=r"^metric 'accuracy' cannot be kept in the cache: .*'/proc/none'; name a fold"
     ):
+        check_metrics(["accuracy"])
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a write into an open file, which names none
+
+    monkeypatch.setattr("evaluate.load", full)
+    with pytest.raises(MetricError, match=r"cannot be kept in the cache: .*No space left on device; name a folder"):
         check_metrics(["accuracy"])
 
 

@@ -29,7 +29,14 @@ from rank_search.errors import TargetError
 from rank_search.factors.decompose import Factors
 from rank_search.factors.statistics import LayerStatistics, collect_statistics
 from rank_search.model.parts import Heads, Part, complement, parts_of
-from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices, weight_matrix
+from rank_search.model.targets import (
+    Target,
+    find_targets,
+    other_matrices,
+    rank_space,
+    told_of_other_matrices,
+    weight_matrix,
+)
 from rank_search.ranks import RankMap
 from rank_search.spec import TargetSpec
 from rank_search.task import Examples
@@ -292,8 +299,8 @@ def test_experts_in_one_piece_stay_dense_and_are_told_of() -> None:
     assert {t.shape.group.split(".")[0] for t in find_targets(model, TargetSpec())} == {"self_attn"}
     held = 2 * 4 * (2 * 48 + 48 + 1) * HIDDEN / model.num_parameters()  # and a router's row for every expert
     assert told_of_other_matrices(model) == (
-        "model.layers.0.mlp.experts.gate_up_proj and 5 more: matrices of other modules than nn.Linear (experts of a "
-        f"mixture, say) are left dense; they hold {held:.1%} of the model"
+        "model.layers.0.mlp.experts.gate_up_proj and 5 more: parameters of two or three dimensions outside of "
+        f"nn.Linear (experts of a mixture, say) are left dense; they hold {held:.1%} of the model"
     )
     assert told_of_other_matrices(models.make("llama")) is None
     assert told_of_other_matrices(families.vit()) is None, "positions and class tokens are no experts"
@@ -310,9 +317,18 @@ def test_experts_with_their_rows_one_after_the_other_are_told_of() -> None:
     )  # fmt: skip
     told = told_of_other_matrices(DbrxForCausalLM(config))
     assert told is not None
-    assert told.startswith(
-        "transformer.blocks.0.ffn.experts.mlp.w1 and 2 more: matrices of other modules than nn.Linear"
-    )
+    assert told.startswith("transformer.blocks.0.ffn.experts.mlp.w1 and 2 more: parameters of two or three dimensions")
+
+
+def test_parameters_that_modules_share_are_told_of_once_and_biases_not_at_all() -> None:
+    model = families.mixtral()
+    first, second = (layer.mlp.experts for layer in model.model.layers[:2])
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    first.down_bias = torch.nn.Parameter(torch.zeros(4, HIDDEN))
+    told = [name for name, _ in other_matrices(model)]
+    assert "model.layers.0.mlp.experts.down_bias" not in told
+    held = (4 * (2 * 48 + 48) + 2 * 4) * HIDDEN / model.num_parameters()
+    assert (told_of_other_matrices(model) or "").endswith(f"they hold {held:.1%} of the model")
 
 
 def test_what_runs_leave() -> None:

@@ -38,7 +38,9 @@ def reference() -> str:
 @pytest.fixture(scope="module")
 def training_text() -> Any:
     """What the script collects from this Python."""
-    return runpy.run_path(str(ROOT / "scripts" / "make_quickstart_model.py"))["collect_text"]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        return runpy.run_path(str(ROOT / "scripts" / "make_quickstart_model.py"))["collect_text"]()
 
 
 def test_the_folder_is_small_enough_to_be_committed() -> None:

@@ -118,6 +118,18 @@ def test_a_rank_map_outside_its_space_makes_no_file() -> None:
 # --- relative paths
 
 
+def test_a_file_of_an_earlier_version_means_what_it_meant_then(tmp_path: Path) -> None:
+    tables = json.loads(example().text())
+    for later in ("slope_power", "gain_step"):
+        del tables["recipe"]["factors"][later]
+    tables["recipe"]["finetune"] |= {"mode": "nested", "train": "all"}  # allowed then
+    (tmp_path / "map.json").write_text(json.dumps(tables), encoding="utf-8")
+    recipe = RankMapFile.read(tmp_path / "map.json").recipe
+    assert (recipe.factors.slope_power, recipe.factors.gain_step) == (0.0, 0.0)
+    assert recipe.factors.anchor == RECIPE.factors.anchor
+    assert recipe.finetune.train == "all"
+
+
 def test_local_paths_lead_to_the_same_files_from_the_files_own_folder(tmp_path: Path) -> None:
     study, out = tmp_path / "studies" / "one", tmp_path / "out"
     for folder in (study / "model", out):

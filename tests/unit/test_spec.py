@@ -7,9 +7,23 @@ from pathlib import Path
 import pytest
 
 from rank_search.errors import StudyFileError, StudyMismatchError
-from rank_search.spec import StudySpec, load_study_file, parse_study
+from rank_search.spec import FactorSpec, StudySpec, load_study_file, parse_study
 
 LEAST = 'name = "s"\n[model]\nsource = "m"\n'
+
+
+def test_a_stored_file_means_what_it_meant_when_it_was_stored() -> None:
+    tables = parse_study({"name": "x", "model": {"source": "org/model"}}, where="test").model_dump(mode="json")
+    del tables["factors"]["gain_step"]
+    tables["finetune"] |= {"mode": "nested", "train": "all"}
+    stored = parse_study(tables, where="the database", stored=True)
+    assert (stored.factors.gain_step, stored.factors.slope_power) == (0.0, FactorSpec().slope_power)
+    assert stored.finetune.train == "all"
+    with pytest.raises(StudyFileError, match="train = 'all' is for a trial's own steps"):
+        parse_study(tables, where="a file")
+    now = stored.model_copy(update={"factors": FactorSpec()})
+    with pytest.raises(StudyMismatchError, match=r"was made with factors.gain_step = 0.0, the file now says 0.2"):
+        now.check_same_meaning(stored)
 
 
 def _write(folder: Path, text: str) -> Path:
