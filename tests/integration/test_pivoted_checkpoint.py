@@ -19,25 +19,31 @@ from tests.conftest import StudyFactory
 from tests.integration.test_checkpoint import CPU, _compressed, _in_a_fresh_process, _load, _logits
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_transformers_alone_loads_it(family: str, model_folders: Callable[[str], Path], tmp_path: Path) -> None:
-    loaded = _load(model_folders(family))
-    with _compressed(loaded) as (targets, layers):
-        expected = _logits(loaded.model)
-        pivoted = {name: PivotedLinear.of(layer) for name, layer in layers.items()}
-        place(targets, pivoted)
-        stored = sum(parameter.numel() for parameter in loaded.model.parameters())
-        save_checkpoint(loaded, targets, pivoted, tmp_path / "pivoted")
-    saved = sum(target.shape.dense_params for target in targets) - sum(
-        t.shape.params(pivoted[t.name].rank if t.name in pivoted else None, "pivoted") for t in targets
-    )
-    assert stored == sum(p.numel() for p in loaded.model.parameters()) - saved
-    found = _in_a_fresh_process(tmp_path, (tmp_path / "pivoted", True, "float32"))[str(tmp_path / "pivoted")]
-    assert found["missing"] == found["unexpected"] == []
-    assert found["parameters"] == stored
-    logits = torch.load(tmp_path / "pivoted" / "logits.pt", weights_only=True)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(_logits(load_checkpoint(tmp_path / "pivoted", CPU).model), logits, rtol=1e-5, atol=1e-5)
+def test_transformers_alone_loads_it(model_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of three families, in one process, for transformers takes seconds to import."""
+    expected: dict[str, tuple[torch.Tensor, int]] = {}
+    for family in ("llama", "gpt2", "opt"):
+        loaded = _load(model_folders(family))
+        with _compressed(loaded) as (targets, layers):
+            logits = _logits(loaded.model)
+            pivoted = {name: PivotedLinear.of(layer) for name, layer in layers.items()}
+            place(targets, pivoted)
+            stored = sum(parameter.numel() for parameter in loaded.model.parameters())
+            save_checkpoint(loaded, targets, pivoted, tmp_path / family)
+        saved = sum(target.shape.dense_params for target in targets) - sum(
+            t.shape.params(pivoted[t.name].rank if t.name in pivoted else None, "pivoted") for t in targets
+        )
+        assert stored == sum(p.numel() for p in loaded.model.parameters()) - saved
+        expected[family] = logits, stored
+    told = _in_a_fresh_process(tmp_path, *((tmp_path / family, True, "float32") for family in expected))
+    for family, (logits, stored) in expected.items():
+        found = told[str(tmp_path / family)]
+        assert found["missing"] == found["unexpected"] == []
+        assert found["parameters"] == stored
+        there = torch.load(tmp_path / family / "logits.pt", weights_only=True)
+        torch.testing.assert_close(there, logits, rtol=1e-4, atol=1e-4)
+        here = _logits(load_checkpoint(tmp_path / family, CPU).model)
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
 
 
 def test_a_study_that_counts_it_ends_in_a_checkpoint_of_that_size(tiny_study: StudyFactory, tmp_path: Path) -> None:

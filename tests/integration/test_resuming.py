@@ -272,7 +272,7 @@ def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkp
     tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
 ) -> None:
     tables: dict[str, dict[str, object]] = {
-        "finetune": {"steps": 150, "batch_blocks": 24}, "run": {"checkpoint_seconds": 0.1},
+        "finetune": {"steps": 80, "batch_blocks": 24}, "run": {"checkpoint_seconds": 0.1},
         "search": {"trials": 1, "ladder": [0.5], "seeds": ["closed-form"]},
     }  # fmt: skip
     file = write_study(tmp_path_factory.mktemp("interrupted"), **tables)
@@ -302,7 +302,7 @@ def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkp
 @contextmanager
 def a_worker_on(file: Path) -> Iterator[subprocess.Popen[str]]:
     """A process of its own, which is not left behind."""
-    command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "1"]
+    command = [sys.executable, "-m", "rank_search.launch.worker", str(file), "--grace", "0.2"]
     worker = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield worker
