@@ -22,6 +22,8 @@ Run = tuple[str, int]
 """A competitor and a seed."""
 CHECKPOINTS = 9
 """Hypervolumes of a run are told at its whole GPU-seconds, at half of them, and so on."""
+CLAIMED = (20, 5)
+"""And at these parts of them, by which a search is to have what others find in all of them."""
 _FIDELITIES = ("predicted", "sliced", "tuned", "confirmed")
 
 
@@ -109,6 +111,10 @@ class RecordFile:
 
 def checkpoints(protocol: Protocol) -> list[float]:
     """GPU-seconds at which hypervolumes are told, ascending."""
+    return sorted([*_halves(protocol), *(protocol.gpu_seconds / part for part in CLAIMED)])
+
+
+def _halves(protocol: Protocol) -> list[float]:
     return [protocol.gpu_seconds * 2.0**-k for k in reversed(range(CHECKPOINTS))]
 
 
@@ -192,6 +198,8 @@ def report(records: Sequence[Record], protocol: Protocol, out: Path | None, plot
     """Print the table, and write rows and picture where asked."""
     rows = rows_of(records, protocol)
     _print(rows, protocol)
+    for line in overtakings(rows, "study"):
+        print(line)
     if out is not None:
         machines = [record["environment"] for record in records if "environment" in record]
         write_merged(out, machines, rows, protocol=asdict(protocol))
@@ -201,7 +209,7 @@ def report(records: Sequence[Record], protocol: Protocol, out: Path | None, plot
 
 def _print(rows: Sequence[Row], protocol: Protocol) -> None:
     """Hypervolume of every competitor at a few checkpoints: mean ± standard deviation over seeds."""
-    shown = checkpoints(protocol)[::2]
+    shown = _halves(protocol)[::2]
     table = Table(title="hypervolume of the confirmed front by GPU-seconds (mean ± standard deviation over seeds)")
     table.add_column("competitor")
     for at in shown:
@@ -213,6 +221,29 @@ def _print(rows: Sequence[Row], protocol: Protocol) -> None:
         most = [max(r["trials"] for r in mine if r["seed"] == seed) for seed in {r["seed"] for r in mine}]
         table.add_row(competitor, *cells, f"{statistics.fmean(most):.0f}")
     Console(width=160).print(table)
+
+
+def overtakings(rows: Sequence[Row], competitor: str) -> list[str]:
+    """When a competitor had, in the mean over seeds, what each of the others has at the end; a line each."""
+    means: dict[str, dict[float, float]] = {}
+    for name in dict.fromkeys(row["competitor"] for row in rows):
+        mine = [row for row in rows if row["competitor"] == name]
+        seeds = len({row["seed"] for row in mine})
+        by_time = {
+            at: [r["hypervolume"] for r in mine if r["gpu_seconds"] == at] for at in {r["gpu_seconds"] for r in mine}
+        }
+        means[name] = {at: statistics.fmean(found) for at, found in sorted(by_time.items()) if len(found) == seeds}
+    own = means.pop(competitor, {})
+    lines = []
+    for name, found in means.items():
+        if own and found:
+            end, goal = max(found), found[max(found)]
+            at = next((at for at, reached in own.items() if reached >= goal), None)
+            when = "never" if at is None else f"by {at:g} of {end:g} s (1/{end / at:.3g})"
+            lines.append(
+                f"{competitor} has what {name} has at the end ({goal:.4f}) {when}; it ends {own[max(own)] - goal:+.4f}"
+            )
+    return lines
 
 
 def _cell(values: Sequence[float]) -> str:

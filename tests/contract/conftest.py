@@ -168,6 +168,9 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BACKENDS = ["sqlite", "postgresql"]
+ON_ONE = pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
+ON_TWO = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+"""For tests of what is done over rows that other tests find alike in every kind of database."""
 EVERY_BACKEND = [*BACKENDS, *(["mariadb"] if shutil.which("mariadbd") else [])]
 
 

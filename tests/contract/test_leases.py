@@ -30,6 +30,7 @@ from rank_search.study.recovery import MAX_REQUEUES
 from rank_search.study.store import StudyStore
 from rank_search.study.study import Study
 from rank_search.study.tables import LeaseRow, StudyRow
+from tests.contract.conftest import ON_TWO
 from tests.contract.other_hosts import elsewhere, let_leases_run_out, silence, states
 from tests.contract.synthetic import measure, open_study, run_trials
 from tests.waiting import LONG, until
@@ -78,6 +79,7 @@ def test_a_silent_worker_of_another_host_loses_its_trial_and_its_late_result_is_
     assert count_leases(storage) == 0
 
 
+@ON_TWO
 def test_a_worker_that_gives_signs_of_life_keeps_its_trial(storage: str) -> None:
     with elsewhere():
         slow = open_study(storage, lease=2, **LADDER)
@@ -128,6 +130,7 @@ def test_no_clock_but_the_databases_counts(storage: str, monkeypatch: pytest.Mon
     assert states(storage) == [State.COMPLETE] * 2
 
 
+@ON_TWO
 def test_after_an_outage_nobody_is_taken_for_gone_for_a_whole_lease(storage: str) -> None:
     with elsewhere():
         gone = open_study(storage, lease=LONG, **LADDER)
@@ -145,6 +148,7 @@ def test_after_an_outage_nobody_is_taken_for_gone_for_a_whole_lease(storage: str
     gone.close()
 
 
+@ON_TWO
 def test_whoever_was_silent_for_longer_than_workers_wait_is_gone(storage: str) -> None:
     with elsewhere():
         gone = open_study(storage, **LADDER)
@@ -157,6 +161,7 @@ def test_whoever_was_silent_for_longer_than_workers_wait_is_gone(storage: str) -
     gone.close()
 
 
+@ON_TWO
 def test_a_trial_without_a_lease_gets_one_that_its_worker_may_renew(storage: str) -> None:
     with elsewhere():
         old = open_study(storage, **LADDER)
@@ -177,6 +182,7 @@ def test_a_trial_without_a_lease_gets_one_that_its_worker_may_renew(storage: str
     old.close()
 
 
+@ON_TWO
 def test_a_lease_on_a_trial_that_has_ended_is_dropped(storage: str) -> None:
     """As of one that was granted to a trial without a row, which its worker then skipped."""
     study = open_study(storage, **LADDER)
@@ -190,6 +196,7 @@ def test_a_lease_on_a_trial_that_has_ended_is_dropped(storage: str) -> None:
     study.close()
 
 
+@ON_TWO
 def test_a_trial_over_which_workers_fall_silent_again_and_again_fails(storage: str) -> None:
     for number in range(MAX_REQUEUES + 1):
         with elsewhere(f"host{number}"):
@@ -228,6 +235,7 @@ def reopen(storage: str) -> None:
     open_study(storage, **LADDER).close()
 
 
+@ON_TWO
 def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
     with elsewhere():
         gone = open_study(storage, **LADDER)
@@ -254,6 +262,7 @@ def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
     gone.close()
 
 
+@ON_TWO
 def test_workers_are_told_in_the_order_in_which_they_came(storage: str) -> None:
     studies = []
     for host in ("first", "second", "third"):
@@ -310,6 +319,7 @@ def test_the_thread_lives_through_every_error_of_the_database(tmp_path: Path) ->
     assert 0.0 < seen[-1] < calls[-1] - calls[3] + 0.1  # counted anew since
 
 
+@ON_TWO
 def test_a_claim_whose_answer_was_lost_is_proposed_again(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "FIRST_PAUSE", 0.01)
     study = open_study(storage, patience=Patience(600), **LADDER)

@@ -14,7 +14,7 @@ from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.store import StudyStore
 from rank_search.study.telling import Telling
-from tests.contract.conftest import BACKENDS
+from tests.contract.conftest import ON_ONE, ON_TWO
 from tests.contract.other_hosts import elsewhere, let_leases_run_out, silence, states
 from tests.contract.synthetic import measure, open_study, run_trials
 
@@ -26,6 +26,7 @@ def away(*_: object, **__: object) -> None:
     raise UnavailableError("connection refused")
 
 
+@ON_TWO
 def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,7 +57,7 @@ def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     assert check_database(storage) == ()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1])
+@ON_ONE
 def test_a_file_that_cannot_be_deleted_is_told_once_and_in_nobodys_way(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_file_that_cannot_be_deleted_is_told_once_and_in_nobodys_way(
     assert list(folder.iterdir()) == []
 
 
+@ON_TWO
 @pytest.mark.parametrize("error", [UnavailableError("connection refused"), StorageError("permission denied")])
 def test_whoever_opens_the_study_next_tells_what_was_spooled(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: StorageError
@@ -126,6 +128,7 @@ def test_whoever_opens_the_study_next_tells_what_was_spooled(
     assert check_database(storage) == ()
 
 
+@ON_TWO
 def test_a_spooled_result_of_a_trial_that_is_with_another_worker_is_dropped(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +198,7 @@ def test_a_spooled_result_is_stored_before_its_trial_is_taken_from_a_worker_that
     assert check_database(storage) == ()
 
 
+@ON_TWO
 def test_what_was_stored_before_an_interrupt_is_told_to_optuna_and_not_proposed_again(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +223,7 @@ def test_what_was_stored_before_an_interrupt_is_told_to_optuna_and_not_proposed_
     assert check_database(storage) == ()
 
 
+@ON_TWO
 def test_a_spooled_result_of_another_database_is_left_alone(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

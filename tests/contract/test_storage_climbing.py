@@ -19,7 +19,7 @@ from rank_search.ranks import RankMap
 from rank_search.study.records import State, TrialRecord
 from rank_search.study.store import StudyStore
 from rank_search.study.study import MAX_SKIPS, Proposal, Study
-from tests.contract.conftest import BACKENDS
+from tests.contract.conftest import ON_ONE, ON_TWO
 from tests.contract.synthetic import make_allocator, measure, open_study
 from tests.contract.test_storage_study import optuna_trials
 
@@ -27,8 +27,6 @@ CLIMBING: dict[str, Any] = {
     "fidelities": ["sliced", "tuned"], "sampler": "random", "multiplier_range": 3.0, "ladder": [0.9, 0.8, 0.6, 0.4],
 }  # fmt: skip
 TOP = 2
-ON_ONE = pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
-"""What is proposed, over rows that other tests find alike in every kind of database."""
 
 
 def losses(rank_map: RankMap) -> tuple[Measurement, ...]:
@@ -70,6 +68,7 @@ def trials_of(storage: str) -> list[TrialRecord]:
         return store.trials("tiny")
 
 
+@ON_TWO
 def test_pruned_trials_keep_what_was_measured_and_never_reach_the_front(storage: str) -> None:
     study = open_study(storage, **CLIMBING)
     climb_all(study, 26)
@@ -111,6 +110,7 @@ def test_every_sampler_lives_with_pruned_trials(storage: str, sampler: str) -> N
     assert [trial.state for trial in trials_of(storage)].count(State.RUNNING) == 0
 
 
+@ON_TWO
 def test_a_pruned_trial_that_would_be_on_the_front_by_now_is_promoted_at_the_end(storage: str) -> None:
     study = open_study(storage, **CLIMBING)
     climb_all(study, 18)
@@ -158,6 +158,7 @@ def test_at_the_end_no_pruned_trial_would_be_on_the_front_by_prediction(storage:
     study.close()
 
 
+@ON_TWO
 def test_what_a_killed_worker_had_measured_is_not_measured_again(storage: str, processes: ForkServerContext) -> None:
     open_study(storage, **CLIMBING).close()
     process = processes.Process(target=dies_after_two_rungs, args=(storage,))
@@ -183,6 +184,7 @@ def dies_after_two_rungs(storage: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@ON_TWO
 def test_an_interrupted_promotion_goes_on_as_one(storage: str) -> None:
     study = open_study(storage, **CLIMBING)
     climb_all(study, 18)
@@ -198,6 +200,7 @@ def test_an_interrupted_promotion_goes_on_as_one(storage: str) -> None:
     study.close()
 
 
+@ON_TWO
 def test_a_second_attempt_that_begins_before_the_first_has_ended_is_no_repetition(storage: str) -> None:
     with StudyStore(storage) as store:
         study = open_study(storage, **CLIMBING)
@@ -210,6 +213,7 @@ def test_a_second_attempt_that_begins_before_the_first_has_ended_is_no_repetitio
         study.close()
 
 
+@ON_TWO
 def test_an_equal_rank_map_is_told_what_is_known_and_not_proposed(storage: str) -> None:
     study = open_study(storage, space="direct", sampler="random", ladder=[0.7])
     for _ in range(2):
@@ -233,6 +237,7 @@ def test_an_equal_rank_map_is_told_what_is_known_and_not_proposed(storage: str) 
     assert untold.state is optuna.trial.TrialState.FAIL  # nothing is known of it yet
 
 
+@ON_TWO
 def test_a_space_without_another_rank_map_ends_the_search(storage: str) -> None:
     study = open_study(storage, space="direct", sampler="random", ladder=[0.7])
     rank_map, _ = study.ask().rank_map, study.ask()
@@ -243,6 +248,7 @@ def test_a_space_without_another_rank_map_ends_the_search(storage: str) -> None:
     study.close()
 
 
+@ON_TWO
 def test_what_misses_a_goal_is_infeasible_and_off_the_front(storage: str) -> None:
     allocator = make_allocator()
     most = allocator.space.num_params(allocator.closed_form(0.8))
@@ -276,6 +282,7 @@ def measured_excess(proposal: Proposal, most: int) -> float:
     return float(measure(proposal.rank_map).num_params - most)
 
 
+@ON_TWO
 def test_proposals_that_are_too_large_are_skipped(storage: str) -> None:
     allocator = make_allocator()
     most = allocator.space.num_params(allocator.closed_form(0.6))
@@ -308,7 +315,7 @@ def test_four_of_five_proposals_lie_in_the_range_of_interest(storage: str, sampl
     assert 0.6 * len(inside) <= sum(inside) < len(inside)  # of 25 drawn with four in five
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@ON_TWO
 def test_one_worker_repeats_a_climbing_study_trial_by_trial(storage: str) -> None:
     def rows(name: str, parts: tuple[int, ...]) -> list[tuple[Any, ...]]:
         for trials in parts:
@@ -330,7 +337,7 @@ def worker_climbs(storage: str, trials: int) -> list[RankMap]:
         study.close()
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@ON_TWO
 def test_eight_workers_measure_no_rank_map_twice_and_seeds_once(storage: str, processes: ForkServerContext) -> None:
     with processes.Pool(8) as pool:
         results = pool.starmap(worker_climbs, [(storage, 26)] * 8, chunksize=1)
@@ -345,6 +352,7 @@ def test_eight_workers_measure_no_rank_map_twice_and_seeds_once(storage: str, pr
         assert store.front("tiny") == store.recompute_front("tiny")
 
 
+@ON_TWO
 def test_why_a_search_stopped_is_kept_until_the_next_one(storage: str) -> None:
     study = open_study(storage)
     study.set_stop_reason("40 trials are finished")
@@ -355,6 +363,7 @@ def test_why_a_search_stopped_is_kept_until_the_next_one(storage: str) -> None:
     study.close()
 
 
+@ON_TWO
 def test_other_stop_rules_are_no_other_study_and_other_goals_are(storage: str) -> None:
     open_study(storage).close()
     open_study(storage, wall_time=5.0, gpu_seconds=9.0, flat_trials=3, target_loss=1.0, target_kept=0.5).close()

@@ -22,7 +22,7 @@ from rank_search.study.portable import dump_study, load_study
 from rank_search.study.records import State
 from rank_search.study.rows import STUDIES, reflected, rows_of, snapshot, study_tables
 from rank_search.study.store import StudyStore
-from tests.contract.conftest import BACKENDS
+from tests.contract.conftest import ON_ONE, ON_TWO
 from tests.contract.synthetic import measure, open_study, run_trials, worker_measures_until
 from tests.waiting import until
 
@@ -73,6 +73,7 @@ def test_a_study_goes_to_another_kind_of_database_and_goes_on_there(storage: str
     assert proposals[0] == proposals[1]
 
 
+@ON_TWO
 def test_a_file_that_is_written_while_workers_measure_is_the_study_at_one_moment(
     storage: str, other: str, tmp_path: Path, processes: ForkServerContext
 ) -> None:
@@ -114,7 +115,7 @@ def test_the_file_of_an_imported_study_is_the_same_but_for_ids(storage: str, oth
     assert len(kept[0]) > 60
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1], indirect=True)
+@ON_ONE
 def test_parents_of_a_genetic_sampler_stay_the_same_trials(storage: str, other: str) -> None:
     open_study(storage, "first").close()
     study = open_study(storage, sampler="nsga2", ladder=[0.5])
@@ -133,6 +134,7 @@ def test_parents_of_a_genetic_sampler_stay_the_same_trials(storage: str, other: 
     assert proposals[0] == proposals[1]
 
 
+@ON_TWO
 def test_no_table_of_studies_is_left_out(storage: str) -> None:
     engine = make_engine(storage)
     with snapshot(engine) as connection:
@@ -146,6 +148,7 @@ def test_no_table_of_studies_is_left_out(storage: str) -> None:
     assert STUDIES.keys() <= carried
 
 
+@ON_TWO
 def test_a_name_that_is_taken_is_refused_and_nothing_changes(storage: str) -> None:
     fill(storage)
     content = dump_study(storage, "tiny")
@@ -154,6 +157,7 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes(storage: str) -> No
     assert dump_study(storage, "tiny") == content
 
 
+@ON_TWO
 def test_an_import_that_breaks_off_leaves_nothing(storage: str, other: str) -> None:
     fill(storage)
     records = [json.loads(line) for line in gzip.decompress(dump_study(storage, "tiny")).splitlines()]
@@ -169,6 +173,7 @@ def test_an_import_that_breaks_off_leaves_nothing(storage: str, other: str) -> N
     engine.dispose()
 
 
+@ON_ONE
 @pytest.mark.parametrize("damage", ["cut", "bit", "text"])
 def test_a_damaged_file_is_refused(storage: str, damage: str) -> None:
     fill(storage)
@@ -182,6 +187,7 @@ def test_a_damaged_file_is_refused(storage: str, damage: str) -> None:
         load_study(storage, broken, "the file")
 
 
+@ON_TWO
 def test_a_file_of_an_older_schema_is_brought_up_to_date(storage: str, other: str, tmp_path: Path) -> None:
     fill(storage)
     old = f"sqlite:///{tmp_path}/old.db"
@@ -216,11 +222,13 @@ def dump_at(storage: str, version: str) -> bytes:
         return dump_study(storage, "tiny")
 
 
+@ON_TWO
 def test_an_unknown_study_is_refused(storage: str) -> None:
     with pytest.raises(StorageError, match="has no study 'tiny'; it holds none yet"):
         dump_study(storage, "tiny")
 
 
+@ON_TWO
 def test_the_checks_find_nothing_in_a_sound_database(storage: str) -> None:
     fill(storage)
     assert check_database(storage) == ()
@@ -303,6 +311,7 @@ def test_rows_that_refer_to_nothing_are_found(copied: str) -> None:
     assert any("rows of trial_user_attributes refer to a row of trials that is not there" in line for line in found)
 
 
+@ON_TWO
 def test_what_a_worker_left_behind_is_no_fault(storage: str) -> None:
     study = open_study(storage, ladder=[0.5])
     proposal = study.ask()

@@ -78,7 +78,7 @@ def test_searches_without_a_fine_tune_propose_at_all_budgets(
     bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
     study, folder = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows"
-    bench(study, *QUICK, "--rows", folder, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "2")
+    bench(study, *QUICK, "--rows", folder, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "5")
     (rows,) = folder.glob("seeds-0-*.jsonl")
     assert "bolaco" in bench("--merge", folder)
     for name in ("bolaco", "evolution"):
@@ -110,3 +110,26 @@ def test_hypervolume_is_the_share_of_a_box(monkeypatch: pytest.MonkeyPatch) -> N
     # A point behind another adds nothing, one below the range counts as its start.
     assert hypervolume([(750, 4.0), (800, 4.5), (100, 4.5)], protocol) == pytest.approx(0.25 + 0.25 * 0.5)
     assert hypervolume([(750, 5.5), (1000, 3.0)], protocol) == 0
+
+
+def test_a_search_is_told_by_when_it_had_what_others_end_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from _search_rows import overtakings
+
+    def rows(name: str, *volumes: float) -> list[dict[str, Any]]:
+        return [
+            {"competitor": name, "seed": seed, "gpu_seconds": at, "hypervolume": volume + 0.1 * seed, "trials": 1}
+            for at, volume in zip((5.0, 20.0, 100.0), volumes, strict=False)
+            for seed in (0, 1)
+        ]
+
+    told = overtakings(
+        [*rows("svd-tpe", 0.1, 0.2, 0.4), *rows("study", 0.4, 0.6, 0.7), *rows("best", 0, 0, 0.9)], "study"
+    )
+    assert told == [
+        "study has what svd-tpe has at the end (0.4500) by 5 of 100 s (1/20); it ends +0.3000",
+        "study has what best has at the end (0.9500) never; it ends -0.2000",
+    ]
+    late = [row for row in rows("study", 0.9, 0.9, 0.9) if (row["seed"], row["gpu_seconds"]) != (1, 5.0)]
+    (line,) = overtakings([*rows("svd-tpe", 0.1, 0.2, 0.4), *late], "study")
+    assert "by 20 of 100 s" in line, "a checkpoint that one seed has not reached is none of the mean"

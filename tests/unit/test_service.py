@@ -32,6 +32,7 @@ from rank_search.study.requests import Action, asked_for
 from rank_search.study.store import StudyStore
 from tests.contract.synthetic import make_allocator, make_facts, make_spec, open_study
 from tests.data.service import BASE, MEASURED, WANTED, Served, served
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 _FILE = {"name": "new", "model": {"source": "org/model"}}
@@ -82,7 +83,7 @@ def test_a_study_that_is_being_made_is_there_already(own: Served) -> None:
     told = _get(own, "/v1/studies/made").json()
     assert (told["finished"], told["dashboard"]) == (0, None)
     open_study(own.storage, "made").close()
-    assert _get(own, "/v1/studies/made").json()["dashboard"].startswith("/dashboard/studies/")
+    until(lambda: (_get(own, "/v1/studies/made").json()["dashboard"] or "").startswith("/dashboard/studies/"))
 
 
 def test_trials_come_in_pages(service: Served) -> None:
