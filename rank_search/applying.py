@@ -102,8 +102,9 @@ def _check_calibration(file: RankMapFile, now: str) -> None:
 
 def _tell_of_other_factors(file: RankMapFile, prepared: Prepared, progress: Progress, *, is_own_model: bool) -> None:
     """Say so where this version makes the factors otherwise than the one whose measurement the file holds."""
-    made = {prepared.bank.key.digest, prepared.trial_banks.digest}  # an allocation's file is of the first, a trial's of
-    if file.digests.bank is None or file.digests.bank in made or not is_own_model:  # the second
+    # An allocation's file is of the bank as it was decomposed, a trial's of what trials slice.
+    made = {prepared.bank.key.digest, prepared.trial_banks.digest}
+    if file.digests.bank is None or file.digests.bank in made or not is_own_model:
         return
     progress.say(
         f"the rank map file is of factor bank {file.digests.bank[:12]}, and this version makes another one, "
