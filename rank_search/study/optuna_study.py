@@ -298,6 +298,10 @@ def stored_trials(url: URL, name: str) -> list[FrozenTrial]:
         close_storage(storage)
 
 
+_HEADS: dict[str, str] = {}
+"""Optuna's version → the newest version of its tables that it knows, asked once."""
+
+
 def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
     """Optuna's storage, on an engine set up as the project's own.
 
@@ -312,15 +316,20 @@ def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
         try:
             with translated(url):
                 shown_url = url.render_as_string(hide_password=False)
-                storage = RDBStorage(shown_url, engine_kwargs=kwargs, skip_table_creation=skip_table_creation)
+                storage = RDBStorage(
+                    shown_url, engine_kwargs=kwargs, skip_table_creation=skip_table_creation,
+                    skip_compatibility_check=True,  # it reads all of Optuna's migrations every time
+                )  # fmt: skip
+                version = storage.get_current_version()
         except StorageInternalError as error:
             raise storage_error(url, error.__cause__ or error) from None
-        except RuntimeError:
-            # The one RuntimeError of Optuna's constructor is its check of the schema's version.
+        if version != (
+            _HEADS.get(optuna.__version__) or _HEADS.setdefault(optuna.__version__, storage.get_head_version())
+        ):
             raise StorageError(
                 f"database {shown(url)} holds tables of another Optuna version than {optuna.__version__}; "
                 "run `rank-search db upgrade`, or give another database"
-            ) from None
+            )
         storage.engine.update_execution_options(**WRITING)
         # Several commits a trial. The project's own, which wait, take those before them to the disk; what comes after
         # them, the telling of a stored measurement, is told again when the study is opened.

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -155,6 +156,7 @@ def _version(engine: Engine) -> str | None:
         return context.get_current_revision()
 
 
+@cache
 def head() -> str:
     """The version of the project's tables that this rank-search writes."""
     newest = ScriptDirectory.from_config(alembic_config()).get_current_head()
@@ -162,8 +164,9 @@ def head() -> str:
     return newest
 
 
-def _known() -> set[str]:
-    return {revision.revision for revision in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions())
 
 
 def _refuse_unknown(engine: Engine, version: str | None) -> None:
