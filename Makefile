@@ -12,7 +12,7 @@ quickstart: .venv/installed  ## search the ranks of a small model, draw its fron
 	$(BIN)/rank-search export studies/quickstart/study.toml --knee -o $(OUT)/rank_map.json
 
 test: .venv/installed-dev lint  ## everything that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

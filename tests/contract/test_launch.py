@@ -276,8 +276,9 @@ def stop_when_measured(launch: Launch, count: int) -> None:
     sent: list[int] = []
 
     def look(view: View) -> None:
-        if not sent and view.study is not None and view.study.finished >= count:
-            sent.append(1)
+        study = view.study
+        if not sent and study is not None and study.finished >= count and len(study.workers) == len(view.workers):
+            sent.append(1)  # one that has not begun yet would end by the signal itself
             os.kill(os.getpid(), signal.SIGTERM)
 
     launch.on_show = look
