@@ -97,7 +97,7 @@ def apply(
 
     auto_class = TASKS[recipe.model.task].auto_class
     typer.echo(f'Load it:     transformers.{auto_class}.from_pretrained("{output}"{trust})')
-    typer.echo(f"Evaluate it: {_evaluate_command(output, file.recipe, rank_map.parent, trust=trusted)}")
+    typer.echo(f"Evaluate it: {_evaluate_command(output, recipe, rank_map.parent, trust=trusted)}")
 
 
 def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path, *, trust: bool = False) -> str:
@@ -115,14 +115,14 @@ def _evaluate_command(checkpoint: Path, recipe: StudySpec, folder: Path, *, trus
     split = getattr(data, f"{role}_split")
     if source != PYTHON_DOCS and not path.exists():
         given |= {"train_split": split} if split != _SPLIT else {}
-        given |= {"data_revision": data.revision} if data.revision is not None else {}
+        given |= {"revision": data.revision} if data.revision is not None else {}
     for field in ("config", "column", "pair_column", "label_column", "target_column"):
         if getattr(data, field) != getattr(defaults, field):
             given[field] = getattr(data, field)
     given["sequence_length"] = str(data.sequence_length)
     if role != "train" and (blocks := getattr(data, f"{role}_blocks")) is not None:
         given["blocks"] = str(blocks)
-    options = [word for field, value in given.items() for word in (option_of(field), value)]
+    options = [word for field, value in given.items() for word in (option_of(field, "data"), value)]
     seen = "  # it was made with some of this text; name another one" if role == "train" else ""
     trusted = ["--trust-remote-code"] if trust else []
     return shlex.join(["rank-search", "evaluate", str(checkpoint), *options, *trusted]) + seen
@@ -220,13 +220,12 @@ def _text_of(
     if study is not None:
         if given or asked:
             first = next(iter([*given, *asked]))
-            option = "--data-revision" if first == "revision" else option_of(first)
-            raise InputError(f"{option} goes with --data; with --study the study file says it")
+            raise InputError(f"{option_of(first, 'data')} goes with --data; with --study the study file says it")
         return None, load_study_file(study)
     try:
         return DataSpec.model_validate({"train": data, "train_split": _SPLIT, **given}), None
     except ValidationError as error:
-        raise InputError(_refusal(error)) from None
+        raise InputError(_refusal(error, "data")) from None
 
 
 def layers(
@@ -277,7 +276,7 @@ def layers(
     typer.echo(json.dumps({"layers": rows, "model_params": found.model_params}, indent=2))
 
 
-def _refusal(error: ValidationError) -> str:
+def _refusal(error: ValidationError, table: str = "") -> str:
     """One line for the first option that the study file's own rules refuse."""
     first = error.errors(include_url=False)[0]
-    return f"{option_of(str(first['loc'][0]))}: {first['msg']}, not {first['input']!r}"
+    return f"{option_of(str(first['loc'][0]), table)}: {first['msg']}, not {first['input']!r}"

@@ -69,8 +69,10 @@ _KEY = re.compile(
 )
 
 
-def option_of(field: str) -> str:
+def option_of(field: str, table: str = "") -> str:
     """The option that sets a field of a study file's tables."""
+    if (table, field) == ("data", "revision"):
+        return "--data-revision"  # --revision is the model's
     names = {"source": "MODEL", "train": "--data", "train_split": "--split", "metrics": "--metric"}
     return names.get(field, "--" + field.replace("_", "-"))
 
@@ -87,9 +89,8 @@ def keys_as_options() -> Iterator[None]:
 
 
 def _as_option(found: re.Match[str]) -> str:
-    key = found["key"]
-    option = option_of("data_revision" if key == "data.revision" else key.partition(".")[2])
-    value = found["quoted"] or found["double"]
+    table, _, field = found["key"].partition(".")
+    option, value = option_of(field, table), found["quoted"] or found["double"]
     if found["word"] == "false":
         return f"leave out {option}" if found["set"] else f"no {option}"
     return f"{'give ' if found['set'] else ''}{option}{f' {value}' if value else ''}"

@@ -89,9 +89,7 @@ class BankKey:
 
     def told(self) -> dict[str, Any]:
         """The key as plain data, without later fields that change nothing: banks of before keep their names."""
-        told = {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
-        plain: dict[str, Any] = json.loads(json.dumps(told))
-        return plain
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
 
     @property
     def digest(self) -> str:
@@ -192,7 +190,7 @@ def open_bank(folder: Path, key: BankKey) -> FactorBank | None:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["bank"])
-            if header["key"] != key.told():
+            if header["key"] != json.loads(json.dumps(key.told())):
                 raise BankError(
                     f"factor bank {path} was made from something else than its name says; delete it and run again"
                 )

@@ -196,8 +196,8 @@ class KubernetesLauncher:
                 f"kubectl cannot be run ({error.strerror or error}); apply {self._path} where it can"
             ) from None
         except subprocess.CalledProcessError as error:
-            said = " ".join(error.stderr.split()) or described(error.returncode)
-            raise InputError(f"kubectl {arguments[0]}: {one_line(Exception(said))}") from None
+            said = Exception(error.stderr.strip() or described(error.returncode))
+            raise InputError(f"kubectl {arguments[0]}: {one_line(said)}") from None
         except subprocess.TimeoutExpired:
             raise InputError(f"kubectl {arguments[0]} did not answer within {seconds:g} s; check the cluster") from None
 

@@ -67,8 +67,7 @@ def optuna_id(engine: Engine, name: str) -> int:
     Raises:
         StorageError: the database cannot be reached, or holds no Optuna study of this name.
     """
-    with translated(engine.url), engine.connect().execution_options(**READ_ONLY) as connection:
-        return _study_id(connection, name, engine)
+    return _present(find_optuna_id(engine, name), name, engine)
 
 
 def find_optuna_id(engine: Engine, name: str) -> int | None:
@@ -77,9 +76,8 @@ def find_optuna_id(engine: Engine, name: str) -> int | None:
     Raises:
         StorageError: the database cannot be reached.
     """
-    query = select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
     with translated(engine.url), engine.connect().execution_options(**READ_ONLY) as connection:
-        return connection.scalar(query)
+        return _find_id(connection, name)
 
 
 def study_of(engine: Engine, study_id: int) -> str | None:
@@ -178,7 +176,14 @@ def _set_free(connection: Connection, study: int, worker: str, free: datetime, *
 
 
 def _study_id(connection: Connection, name: str, engine: Engine) -> int:
-    found = connection.scalar(select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name))
+    return _present(_find_id(connection, name), name, engine)
+
+
+def _find_id(connection: Connection, name: str) -> int | None:
+    return connection.scalar(select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name))
+
+
+def _present(found: int | None, name: str, engine: Engine) -> int:
     if found is None:
         raise StorageError(f"database {shown(engine.url)} has no Optuna study {name!r}; restore the database")
     return int(found)

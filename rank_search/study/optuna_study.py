@@ -302,6 +302,12 @@ _HEADS: dict[str, str] = {}
 """Optuna's version → the newest version of its tables that it knows, asked once."""
 
 
+def _head(storage: RDBStorage) -> str:
+    if optuna.__version__ not in _HEADS:
+        _HEADS[optuna.__version__] = storage.get_head_version()
+    return _HEADS[optuna.__version__]
+
+
 def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
     """Optuna's storage, on an engine set up as the project's own.
 
@@ -323,9 +329,7 @@ def open_storage(url: URL, *, skip_table_creation: bool = True) -> RDBStorage:
                 version = storage.get_current_version()
         except StorageInternalError as error:
             raise storage_error(url, error.__cause__ or error) from None
-        if version != (
-            _HEADS.get(optuna.__version__) or _HEADS.setdefault(optuna.__version__, storage.get_head_version())
-        ):
+        if version != _head(storage):
             raise StorageError(
                 f"database {shown(url)} holds tables of another Optuna version than {optuna.__version__}; "
                 "run `rank-search db upgrade`, or give another database"

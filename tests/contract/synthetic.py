@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,9 @@ def worker_measures(storage: str, count: int) -> list[tuple[int, str]]:
 
 def worker_measures_until(storage: str, enough: Path) -> None:
     """A worker process that measures until there is a file of that name."""
-    study = open_study(storage)
-    while not enough.exists():
-        run_trials(study, 1)
-    study.close()
+    with closing(open_study(storage)) as study:
+        while not enough.exists():
+            run_trials(study, 1)
 
 
 def worker_dies(storage: str, **search: Any) -> None:

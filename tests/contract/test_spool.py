@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,17 @@ def away(*_: object, **__: object) -> None:
     raise UnavailableError("connection refused")
 
 
+def away_at_first(patch: pytest.MonkeyPatch, times: int, look: Callable[[], object] = lambda: None) -> None:
+    """Have the database be away so often when a result is to be stored; ``look`` is called before every attempt."""
+    stored, attempts = StudyStore.complete_trial, itertools.count()
+
+    def attempt(*arguments: Any, **options: Any) -> object:
+        look()
+        return away() if next(attempts) < times else stored(*arguments, **options)
+
+    patch.setattr(StudyStore, "complete_trial", attempt)
+
+
 @ON_TWO
 def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -35,16 +49,8 @@ def test_a_result_that_is_not_taken_is_spooled_and_told_again(
     study = open_study(storage, spool=tmp_path / "spool", patience=Patience(600, said.append), **LADDER)
     proposal = study.ask()
     spooled: list[int] = []
-
-    def away(store: StudyStore, *arguments: object, **options: object) -> object:
-        spooled.append(len(list((tmp_path / "spool").glob("*"))))
-        if len(spooled) < 4:
-            raise UnavailableError("connection refused")
-        return stored(store, *arguments, **options)  # type: ignore[arg-type]
-
-    stored = StudyStore.complete_trial
     with monkeypatch.context() as patch:
-        patch.setattr(StudyStore, "complete_trial", away)
+        away_at_first(patch, 3, lambda: spooled.append(len(list((tmp_path / "spool").glob("*")))))
         study.tell(proposal, measure(proposal.rank_map))
     assert spooled == [0, 1, 1, 1]
     assert list((tmp_path / "spool").iterdir()) == []
@@ -66,11 +72,7 @@ def test_a_file_that_cannot_be_deleted_is_told_once_and_in_nobodys_way(
     said: list[str] = []
     folder = tmp_path / "spool"
     study = open_study(storage, spool=folder, patience=Patience(600, said.append), **LADDER)
-    proposal, stored, calls = study.ask(), StudyStore.complete_trial, []
-
-    def first_away(store: StudyStore, *arguments: object, **options: object) -> object:
-        calls.append(1)
-        return away() if len(calls) == 1 else stored(store, *arguments, **options)  # type: ignore[arg-type]
+    proposal = study.ask()
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
         if path.suffix == ".json":
@@ -79,7 +81,7 @@ def test_a_file_that_cannot_be_deleted_is_told_once_and_in_nobodys_way(
 
     with monkeypatch.context() as patch:
         delete = Path.unlink
-        patch.setattr(StudyStore, "complete_trial", first_away)
+        away_at_first(patch, 1)
         patch.setattr(Path, "unlink", refuse)
         study.tell(proposal, measure(proposal.rank_map))
         study.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rank_search.cli.model_commands import _evaluate_command
+from rank_search.cli.model_commands import _evaluate_command, _text_of
 from rank_search.cli.options import keys_as_options
 from rank_search.errors import InputError, ModelError
 from rank_search.spec import parse_study
@@ -60,3 +60,10 @@ def test_a_checkpoint_is_scored_as_its_study_would(data: dict[str, object], told
     assert _evaluate_command(Path("out"), recipe, Path()).startswith(f"rank-search evaluate out {told}")
     trusted = _evaluate_command(Path("out"), recipe, Path(), trust=True)
     assert "--trust-remote-code" in trusted.partition("  #")[0]
+
+
+def test_a_revision_of_the_data_is_no_revision_of_the_model() -> None:
+    with pytest.raises(InputError, match=r"^--data-revision: String should"):
+        _text_of("a/b", None, {"revision": ""}, {})
+    with pytest.raises(InputError, match=r"^--data-revision goes with --data"):
+        _text_of(None, Path("study.toml"), {"revision": "c0ffee"}, {})

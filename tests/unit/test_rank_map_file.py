@@ -128,6 +128,10 @@ def test_a_file_of_an_earlier_version_means_what_it_meant_then(tmp_path: Path) -
     assert (recipe.factors.slope_power, recipe.factors.gain_step) == (0.0, 0.0)
     assert recipe.factors.anchor == RECIPE.factors.anchor
     assert recipe.finetune.train == "all"
+    tables["recipe"]["factors"] = None
+    (tmp_path / "map.json").write_text(json.dumps(tables), encoding="utf-8")
+    with pytest.raises(RankMapError, match=r"recipe\.factors"):
+        RankMapFile.read(tmp_path / "map.json")
 
 
 def test_local_paths_lead_to_the_same_files_from_the_files_own_folder(tmp_path: Path) -> None:
