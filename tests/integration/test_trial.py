@@ -134,7 +134,7 @@ def test_without_fine_tune_the_loss_is_that_of_the_sliced_factors(tiny_study: St
     assert evaluator.measure(RankMap()).loss == dense.loss
     measurement = evaluator.measure(prepared.allocator.closed_form(0.5))
     assert measurement.fidelity is Fidelity.SLICED
-    assert measurement.finetune_seconds < measurement.score_seconds
+    assert measurement.train_losses == ()
     assert measurement.loss != dense.loss
 
 
