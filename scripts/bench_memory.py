@@ -184,7 +184,10 @@ def measure(args: argparse.Namespace, memory: str) -> tuple[list[dict[str, objec
     prepared = prepare(StudyFile(spec=parse_study(tables, where="the benchmark"), folder=args.folder), progress=peaks)
     peaks.change_to("end")
     seconds = {name: round(value, 1) for name, value in asdict(prepared.times).items()}
-    print(f"{time.perf_counter() - started:.1f} s: {seconds}; free for a trial: {free_memory(device) / GIB:.1f} GiB")
+    free = free_memory(device) / GIB
+    if args.gpu_memory is not None:
+        free = min(free, args.gpu_memory - torch.cuda.memory_allocated(device) / GIB)
+    print(f"{time.perf_counter() - started:.1f} s: {seconds}; free for a trial: {free:.1f} GiB")
     whole = {
         "times": 1, "gpu_gib": max(row["gpu_gib"] for row in peaks.rows.values()),
         "host_gib": max(row["host_gib"] for row in peaks.rows.values()),
