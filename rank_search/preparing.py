@@ -32,7 +32,7 @@ from rank_search.ranks import RankMap, RankSpace
 from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, shared_steps, trained_range
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,15 @@ def _nested_banks(
     allocator = Allocator(space, bank.tails())
     least = space.min_params / space.dense_params
     ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, least)
+    steps = shared_steps(ranges, spec.finetune.nested_steps)
     examples = Examples.of(loaded.task, splits.train.columns)
     factors = {target.name: bank[target.name] for target in targets}
     checkpoints = Checkpoints.in_folder(study.work_dir, spec.run)
     remote = _remote(spec, progress)
 
     def finetune_of(number: int) -> FinetuneSpec:
-        return spec.finetune.at(sum(trained_range(ranges[number])) / 2, space.storage)
+        at = spec.finetune.at(sum(trained_range(ranges[number])) / 2, space.storage)
+        return at.model_copy(update={"nested_steps": steps[number]})
 
     def key_of(number: int) -> BankKey:
         told = {

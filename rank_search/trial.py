@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,10 +58,17 @@ class _Round(NamedTuple):
 
 
 class Evaluator:
-    """Measures rank maps on one model that stays in memory; its dense weights are bit-identical after every trial."""
+    """Measures rank maps on one model that stays in memory; its dense weights are bit-identical after every trial.
 
-    def __init__(self, prepared: Prepared) -> None:
+    Args:
+        prepared: what is measured, and how.
+        look: called with a rank map once it is scored at the highest fidelity (with folds, at each of them), while the
+            fine-tuned model still stands; what it takes belongs to no measurement.
+    """
+
+    def __init__(self, prepared: Prepared, look: Callable[[RankMap], None] | None = None) -> None:
         self._prepared = prepared
+        self._look = look
         self._spec = prepared.spec
         self._device = prepared.device
         self._devices = devices_of(prepared.model)
@@ -189,8 +196,11 @@ class Evaluator:
             tuned = time.perf_counter()
             result = self._score(validation, progress)
             scored = time.perf_counter()
+            if self._look is not None:
+                self._look(rank_map)
+            looked = time.perf_counter()
         synchronize(*self._devices)
-        swap = applied.swap_seconds + (time.perf_counter() - scored)
+        swap = applied.swap_seconds + (time.perf_counter() - looked)
         seconds = _Seconds(swap, tuned - started - applied.swap_seconds, scored - tuned)
         return _Round(result, seconds, applied.train_losses)
 

@@ -154,15 +154,19 @@ def hypervolume(points: Iterable[tuple[float, float]], protocol: Protocol) -> fl
 
 
 def rows_of(records: Sequence[Record], protocol: Protocol) -> list[Row]:
-    """A row for every run and checkpoint by which it had measured something and that is confirmed."""
+    """A row for every run and checkpoint that it has reached, if it had measured something and that is confirmed."""
     known = confirmed_losses(records)
     runs: dict[Run, list[Record]] = {}
     for record in records:
         if "trial" in record:
             runs.setdefault((record["competitor"], record["seed"]), []).append(record)
+    ended = {(record["competitor"], record["seed"]) for record in records if "ended" in record}
     rows = []
     for run, trials in runs.items():
+        reached = protocol.gpu_seconds if run in ended else trials[-1]["gpu_seconds"]
         for at in checkpoints(protocol):
+            if at > reached:
+                break
             done = [trial for trial in trials if trial["gpu_seconds"] <= at]
             front = chosen(done, protocol)
             if not done or any((*run, trial["digest"]) not in known for _, trial in front):

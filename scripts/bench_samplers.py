@@ -9,7 +9,7 @@ points of the closed form on a ladder that gets finer and finer. Trials go throu
 of their mean); whoever is free next asks next. ``--off`` scales what the closed form is off by: 1 as fitted to the
 recorded losses, 0 where it is right.
 
-The hypervolume is that of :mod:`bench_search`: of the best points by measured loss within 12 budgets, at their loss
+The hypervolume is that of :mod:`bench_search`: of the best points by measured loss within 100 budgets, at their loss
 without noise. ``repeated``: rank maps measured twice; ``seeds``: how often each seed ran. Rows of FILE that are not
 measured anew stay in it.
 """
@@ -37,7 +37,7 @@ from rank_search.ranks import RankMap
 from rank_search.spec import StudySpec, parse_study
 from rank_search.study.study import Proposal, Study
 
-BUDGETS = 12
+BUDGETS = 100
 REFERENCE_RISE = 1.0
 SPREAD = 0.33
 """Standard deviation of the logarithm of a trial's time."""

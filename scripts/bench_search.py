@@ -41,13 +41,14 @@ import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
 from _run import run_script
-from _search_rows import Protocol, RecordFile, Run, merged, report
+from _search_rows import Protocol, Record, RecordFile, Run, merged, report
 
 from rank_search.api import facts_of
 from rank_search.baselines.measured import untrained_loss
@@ -157,7 +158,7 @@ class Bench:
     def _search_simple(self, run: Run, deadline: float) -> None:
         competitor = self._competitor(run)
         trials = self.file.trials(run)
-        competitor.restore([Told(RankMap(t["rank_map"]), t["loss"], t["num_params"], t["state"]) for t in trials])
+        competitor.restore([Told(self._rank_map(t), t["loss"], t["num_params"], t["state"]) for t in trials])
         spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=False)
         evaluator = self._tuning(run[1])
         number = len(trials)
@@ -229,18 +230,27 @@ class Bench:
         study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
         spent = trials[-1]["gpu_seconds"] if trials else self._start(True, nested=nested)
         clock = _Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
+        confirmed: dict[str, float | None] = {}
+
+        def confirm(rank_map: RankMap) -> None:
+            with clock.stopped():
+                synchronize(prepared.device)
+                confirmed["confirmed"] = _round(self._confirmed_loss())
 
         def keep(outcome: Outcome) -> None:
             measured, number = outcome.measurement, outcome.proposal.number
             loss = None if measured is None else measured.loss
             fidelity = "predicted" if measured is None else measured.fidelity.label
-            self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, {})
+            self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, confirmed)
+            confirmed.clear()
             clock.check()
 
         try:
             if not clock.is_over():
                 clock.start()
-                ended = work(study, Evaluator(prepared), 10**9, rules=StopRules.of(spec.search), on_outcome=keep)
+                # Where a trial's fine-tune is the protocol's, its model is confirmed while it stands.
+                evaluator = Evaluator(prepared, None if nested else confirm)
+                ended = work(study, evaluator, 10**9, rules=StopRules.of(spec.search), on_outcome=keep)
                 self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
         except _PieceEndedError:
             pass
@@ -272,7 +282,7 @@ class Bench:
         for trial in self.file.unconfirmed(run, self.protocol):
             if time.monotonic() >= deadline:
                 return
-            _, confirmed, _ = self._measure(evaluator, RankMap(trial["rank_map"]))
+            _, confirmed, _ = self._measure(evaluator, self._rank_map(trial))
             self.file.add(
                 {"competitor": run[0], "seed": run[1], "digest": trial["digest"], "confirmed": _round(confirmed)}
             )
@@ -306,14 +316,20 @@ class Bench:
         told = self.file.preparation() or {}
         return (told["bank"] if bank else 0.0) + (told["nested"] if nested else 0.0)
 
+    def _rank_map(self, trial: Record) -> RankMap:
+        """Of a record, which holds ranks in the order of the layers; of dense ones None."""
+        ranked = zip(self._prepared.space.shapes, trial["ranks"], strict=True)
+        return RankMap({shape.name: rank for shape, rank in ranked if rank is not None})
+
     def _add(
         self, run: Run, number: int, spent: float, rank_map: RankMap, loss: float | None, fidelity: str,
         more: dict[str, object],
     ) -> None:  # fmt: skip
+        ranks = [rank_map.get(shape.name) for shape in self._prepared.space.shapes]
         record = {
             "competitor": run[0], "seed": run[1], "trial": number, "gpu_seconds": round(spent, 3),
             "loss": _round(loss), "num_params": self._prepared.space.num_params(rank_map), "fidelity": fidelity,
-            "digest": rank_map.digest[:16], "rank_map": dict(rank_map), **more,
+            "digest": rank_map.digest[:16], "ranks": ranks, **more,
         }  # fmt: skip
         self.file.add(record)
         kept = self._prepared.space.kept_of_targets(rank_map)
@@ -346,6 +362,13 @@ class _Laps:
         self._spent += now - self._started
         self._started = now
         return self._spent
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside the block is not counted."""
+        started = self._clock()
+        yield
+        self._started += self._clock() - started
 
     def is_over(self) -> bool:
         """Nothing is left of the run or of the piece."""
@@ -411,7 +434,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="of the own fine-tune")
     parser.add_argument("--score-blocks", type=int, default=64)
     parser.add_argument("--confirm-blocks", type=int, default=64)
-    parser.add_argument("--budgets", type=int, default=12, help="at which the points of a front are compared")
+    parser.add_argument("--budgets", type=int, default=100, help="at which the points of a front are compared")
     parser.add_argument(
         "--reference-rise", type=float, default=2.0, help="nats above the dense loss that count nothing"
     )

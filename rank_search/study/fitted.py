@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from optuna.trial import FrozenTrial
 
 from rank_search.allocation import Floats
 from rank_search.study.evidence import Tried
-from rank_search.study.fitting import fitted_multipliers
-from rank_search.study.gaps import draw_size, find_gaps, loss_at
+from rank_search.study.fitting import fitted_multipliers, nearness
+from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
 from rank_search.study.space import MultiplierSpace, Params
 from rank_search.study.whole_space import WholeSpaceSampler
 
@@ -21,6 +22,11 @@ _DEVIATION = 0.2
 """Standard deviation of every multiplier around the fitted one, as a share of the study's range of multipliers: little
 enough to cost next to nothing in loss, for the closed form lies in the middle of a flat bowl, and enough to tell which
 way is down."""
+_TRYING = 16
+"""Measured trials after which deviations shrink, as the root of their number: what is known by then is to be used."""
+_UNLIKE = 1e-3
+"""What a rank map far from the closed form still counts when the loss at a size is told, so that something always does.
+"""
 _STEP = 0.005
 """In kept fraction, between the closed forms that others are interpolated from."""
 _TRIES = 20
@@ -28,10 +34,11 @@ _TRIES = 20
 
 
 class FittedSampler(WholeSpaceSampler):
-    """Proposes the closed form with the multipliers that fit all losses measured so far, where the front has gaps.
+    """Proposes the closed form with the multipliers that fit the losses measured so far, where that is worth most.
 
-    A size is drawn in the gaps of the front, wide and steep ones most; a trial that runs counts as a point of it. The
-    multipliers are those of :func:`fitted_multipliers`, and a little off them, which is what the next fit learns from.
+    A size is drawn by how much hypervolume a measurement there is expected to add; a trial that runs counts as a
+    measured one, with the loss that is expected of it. The multipliers are those of :func:`fitted_multipliers` at that
+    size, and a little off them, which is what the next fit learns from.
 
     A proposal depends on the seed and on what was tried alone, and is no rank map of those.
 
@@ -56,39 +63,64 @@ class FittedSampler(WholeSpaceSampler):
         allowed = search_space.get("kept", self._space.distributions["kept"])
         assert isinstance(allowed, FloatDistribution)
         tried = self._tried()
-        multipliers = self._fitted([one for one in tried if one.loss is not None])
-        gaps = find_gaps(self._front(tried), allowed.low, allowed.high)
+        measured = _Measured.of(tried, self._rises)
+        sizes = size_grid(allowed.low, allowed.high)
+        gains = self._gains(measured, [one for one in tried if one.loss is None], sizes)
         taken = {one.rank_map for one in tried}
         for _ in range(_TRIES):
-            params = self._drawn(multipliers, draw_size(gaps, self._random))
+            params = self._drawn(measured, draw_size(sizes, gains, self._random))
             if self._space.decode(params) not in taken:
                 break
         return {name: params[name] for name in search_space}
 
-    def _fitted(self, measured: Sequence[Tried]) -> Floats:
-        terms = self._space.terms
+    def _gains(self, measured: _Measured, running: Sequence[Tried], sizes: Floats) -> Floats:
+        """What a measurement at each of the sizes is expected to add to the front."""
+        if not len(measured.losses):
+            return np.ones(len(sizes))
+        expected, spread = expected_losses(measured.kept, measured.losses, measured.weights, sizes)
+        known = list(zip(measured.kept.tolist(), measured.losses.tolist(), strict=True))
+        for kept in map(self._rises.kept_of, running):
+            known.append((kept, float(np.interp(kept, sizes, expected))))
+        return expected_gains(known, sizes, expected, spread)
+
+    def _drawn(self, measured: _Measured, kept: float) -> Params:
+        terms, reach = self._space.terms, self._space.reach
         matrix = np.array(list(terms.values())).reshape(len(terms), -1)
-        rises, closed = self._rises.of(measured)
+        fitted = fitted_multipliers(
+            matrix, measured.rises, measured.closed, measured.kept, measured.losses, measured.spread, kept
+        )  # fmt: skip
+        deviation = _DEVIATION * min(1.0, _TRYING / max(len(measured.losses), 1)) ** 0.5
+        values = np.clip(fitted + self._random.normal(0.0, deviation * reach, len(terms)), -reach, reach)
+        return {"kept": kept, "uniformity": 0.0, **dict(zip(terms, values.tolist(), strict=True))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What was measured.
+
+    Attributes:
+        rises, closed: (n, layers), predicted rises, and those of the closed form at the same sizes.
+        kept, losses: (n,).
+        weights: (n,), by how much each tells which loss to expect at its size.
+        spread: (n,), by how much losses scatter there.
+    """
+
+    rises: Floats
+    closed: Floats
+    kept: Floats
+    losses: Floats
+    weights: Floats
+    spread: Floats
+
+    @classmethod
+    def of(cls, tried: Sequence[Tried], rises: Rises) -> _Measured:
+        """Of those that have a loss."""
+        measured = [one for one in tried if one.loss is not None]
         kept, losses = (np.array([getattr(one, name) for one in measured], float) for name in ("kept", "loss"))
-        return fitted_multipliers(matrix, rises, closed, kept, losses)
-
-    def _front(self, tried: Sequence[Tried]) -> list[tuple[float, float]]:
-        """Kept fraction and loss of the front, and of what runs, as if it came to lie on it."""
-        front: list[tuple[float, float]] = []
-        measured = ((one.kept, one.loss) for one in tried if one.kept is not None and one.loss is not None)
-        for kept, loss in sorted(measured):
-            if not front or loss < front[-1][1]:
-                front.append((kept, loss))
-        if not front:
-            return []
-        running = {self._rises.kept_of(one) for one in tried if one.loss is None}
-        return sorted([*front, *((kept, loss_at(front, kept)) for kept in running - {kept for kept, _ in front})])
-
-    def _drawn(self, multipliers: Floats, kept: float) -> Params:
-        names, reach = list(self._space.terms), self._space.reach
-        off = self._random.normal(0.0, _DEVIATION * reach, len(names))
-        values = np.clip(multipliers + off, -reach, reach)
-        return {"kept": kept, "uniformity": 0.0, **dict(zip(names, values.tolist(), strict=True))}
+        known, closed = rises.of(measured)
+        weights = nearness(known, closed) + _UNLIKE
+        spread = expected_losses(kept, losses, weights, kept)[1] if measured else kept
+        return cls(known, closed, kept, losses, weights, spread)
 
 
 class Rises:

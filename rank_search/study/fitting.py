@@ -16,6 +16,10 @@ _NEIGHBOURS = 6
 _FAR = 0.08
 """Excess of predicted rise, as a share of the closed form's, at which a rank map counts 1/e: what holds near the closed
 form is wanted."""
+_REACH = 0.25
+"""Distance in kept fraction over which what is off carries."""
+_SUREST = 0.3
+"""Of the median scatter, the least that any is taken for."""
 _TRUST = 0.5
 """Prior deviation of the factor, 1 by the closed form, that all predicted rises are off by."""
 _PRIOR = 0.4
@@ -28,7 +32,20 @@ _ROUNDS = 3
 """Of estimating the residual's variance and the factors from each other."""
 
 
-def fitted_multipliers(terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats) -> Floats:
+def nearness(rises: Floats, closed: Floats) -> Floats:
+    """(n,), by how much rank maps count: 1 for the closed form, less the more predicted rise they have beyond it.
+
+    Args:
+        rises, closed: as for :func:`fitted_multipliers`.
+    """
+    excess = _moved(rises, closed).sum(axis=1)
+    near: Floats = np.exp(-np.maximum(excess, 0.0) / _FAR)
+    return near
+
+
+def fitted_multipliers(
+    terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats, spread: Floats, at: float
+) -> Floats:
     """What multiplier every term would have if each layer's predicted rise were scaled to fit measured losses.
 
     To first order around the closed form, a rank map's loss is a smooth function of its size plus the slope of the loss
@@ -44,23 +61,38 @@ def fitted_multipliers(terms: Floats, rises: Floats, closed: Floats, kept: Float
         closed: (n, layers), those of the closed form at the same kept fractions.
         kept: (n,), kept fractions of the target layers.
         losses: (n,), measured, nats per token.
+        spread: (n,), by how much losses of about that size scatter; what scatters less says more.
+        at: kept fraction for which the multipliers are wanted; rank maps of about that size count most.
 
     Returns:
         (t,), multipliers; all 0 where fewer than :data:`LEAST` losses are known.
     """
     if len(losses) < LEAST or not len(terms):
         return np.zeros(len(terms))
-    totals = np.maximum(closed.sum(axis=1), 1e-12)
-    moved = (rises - closed) / totals[:, None]
-    excess = moved.sum(axis=1)
-    weights = np.exp(-np.maximum(excess, 0.0) / _FAR)
-    design = _slopes(totals, losses, weights)[:, None] * np.column_stack([excess, moved @ terms.T])
+    moved, weights = _moved(rises, closed), nearness(rises, closed)
+    slopes = _slopes(_totals(closed), losses, weights)
+    design = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
     others = np.eye(len(losses)) - _smoother(kept, weights)
     x, y = others @ design, others @ losses
-    off = _ridge(x, y - x[:, 0], weights)  # by how much h and v are off from 1 and 0
+    middle = float(np.median(spread)) + 1e-12
+    sure = (middle / np.maximum(spread, _SUREST * middle)) ** 2
+    here = weights * sure * np.exp(-0.5 * ((kept - at) / _REACH) ** 2)
+    off = _ridge(x, y - x[:, 0], here)  # by how much h and v are off from 1 and 0
     factors = np.clip(1 + off[1:] @ terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)
     found: Floats = np.linalg.lstsq(terms.T, np.log(factors), rcond=None)[0]
     return found
+
+
+def _totals(closed: Floats) -> Floats:
+    """(n,), predicted rise of the closed form."""
+    totals: Floats = np.maximum(closed.sum(axis=1), 1e-12)
+    return totals
+
+
+def _moved(rises: Floats, closed: Floats) -> Floats:
+    """(n, layers), what predicted rises differ by, as shares of the closed form's whole one."""
+    moved: Floats = (rises - closed) / _totals(closed)[:, None]
+    return moved
 
 
 def _slopes(totals: Floats, losses: Floats, weights: Floats) -> Floats:

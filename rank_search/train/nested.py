@@ -48,6 +48,13 @@ def trained_range(served: tuple[float, float]) -> tuple[float, float]:
     return min(low + lift, 1.0), min(high + lift, 1.0)
 
 
+def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
+    """Steps of every range's fine-tune, ``mean`` of them on average: more where more is removed, for what has lost more
+    takes longer to mend, in proportion to 2 + the share of the target layers that the middle of the range lacks."""
+    weights = np.array([3 - (low + high) / 2 for low, high in ranges])
+    return [max(1, round(steps)) for steps in (mean * weights / weights.mean()).tolist()]
+
+
 def sampled_rank_maps(
     allocator: Allocator, search: SearchSpec, kept_range: tuple[float, float]
 ) -> Callable[[int], RankMap]:

@@ -62,6 +62,8 @@ def test_pieces_add_up_to_runs_and_files_merge(
         spent = [t["gpu_seconds"] for t in trials]
         assert spent == sorted(spent)
         assert spent[-2] < 1.001 <= spent[-1] + 0.001
+        assert all(t["confirmed"] > 0 for t in trials)  # while the fine-tuned model stood, at no cost of its own
+        assert {len(t["ranks"]) for t in trials} == {14}
     before = one.read_bytes()
     bench(study, *QUICK, "--rows", one, "--seeds", "0", "--competitors", names, "--gpu-seconds", "1")
     assert one.read_bytes() == before

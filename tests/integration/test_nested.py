@@ -14,7 +14,13 @@ from rank_search.errors import NonFiniteLossError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
+from rank_search.train.nested import (
+    kept_ranges,
+    nested_finetune,
+    sampled_rank_maps,
+    shared_steps,
+    trained_range,
+)
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
 
@@ -226,9 +232,18 @@ def test_a_study_is_searched_exported_and_applied(tiny_study: StudyFactory, tmp_
 def test_a_loss_that_is_not_finite_is_an_error(tiny_study: StudyFactory) -> None:
     path = tiny_study(finetune=NESTED | {"learning_rate": 1e30})
     with pytest.raises(
-        NonFiniteLossError, match=r"^the nested fine-tune's loss was not finite in \d+ of 30 steps; lower"
+        NonFiniteLossError, match=r"^the nested fine-tune's loss was not finite in \d+ of 3\d steps; lower"
     ):
         prepare(load_study_file(path))
+
+
+def test_ranges_of_small_models_get_more_steps() -> None:
+    ranges = kept_ranges(SearchSpec(min_kept=0.3, max_kept=0.95), 5, 0.0)
+    steps = shared_steps(ranges, 120)
+    assert steps == sorted(steps, reverse=True)
+    assert 1.1 < steps[0] / steps[-1] < 1.4
+    assert sum(steps) == pytest.approx(5 * 120, abs=3)
+    assert shared_steps(ranges[:1], 30) == [30]
 
 
 def test_without_a_budget_of_its_own_a_trial_only_slices() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,21 @@ def test_a_loss_that_is_not_finite_fails_the_trial_and_nothing_else(train: str, 
         evaluator.measure(prepared.allocator.closed_form(0.5))
     _assert_bit_identical(prepared, before)
     assert math.isfinite(evaluator.score().loss)
+
+
+def test_whoever_looks_sees_the_model_that_is_scored_and_changes_nothing(prepared: Prepared) -> None:
+    rank_map, seen = prepared.allocator.closed_form(0.5), []
+    unseen = Evaluator(prepared).measure(rank_map)
+
+    def look(of: RankMap) -> None:
+        time.sleep(0.2)
+        seen.append((of, evaluator.score().loss))
+
+    evaluator = Evaluator(prepared, look)
+    measured = evaluator.measure(rank_map)
+    assert seen == [(rank_map, measured.loss)]
+    assert _without_times(measured) == _without_times(unseen)
+    assert measured.swap_seconds < 0.2
 
 
 def test_without_fine_tune_the_loss_is_that_of_the_sliced_factors(tiny_study: StudyFactory) -> None:

@@ -27,8 +27,11 @@ def off_by(allocator: Allocator, factors: dict[str, float]) -> Loss:
     return lambda rank_map: 3.0 + float(np.sqrt(by_layer @ allocator.rises(rank_map)))
 
 
-def fitted(allocator: Allocator, loss: Loss, *, trials: int = 40) -> dict[str, float]:
-    """What is fitted to the losses of rank maps near the closed form."""
+def fitted(
+    allocator: Allocator, loss: Loss, *, trials: int = 40, at: float = 0.6,
+    spread: Callable[[Floats], Floats] = np.ones_like,
+) -> dict[str, float]:  # fmt: skip
+    """What is fitted to the losses of rank maps near the closed form, for the size ``at``."""
     space, random = MultiplierSpace(make_spec().search, allocator), np.random.default_rng(0)
     names = [shape.name for shape in allocator.space.shapes]
     terms = np.array(list(space.terms.values()))
@@ -41,7 +44,8 @@ def fitted(allocator: Allocator, loss: Loss, *, trials: int = 40) -> dict[str, f
         np.array([allocator.rises(m) for m in maps])
         for maps in (rank_maps, [allocator.closed_form(fraction) for fraction in kept])
     )
-    found: Floats = fitted_multipliers(terms, rises, closed, kept, np.array([loss(m) for m in rank_maps]))
+    losses = np.array([loss(m) for m in rank_maps])
+    found: Floats = fitted_multipliers(terms, rises, closed, kept, losses, spread(kept), at)
     return dict(zip(space.terms, found.tolist(), strict=True))
 
 
@@ -73,6 +77,34 @@ def test_a_right_closed_form_is_left_alone(allocator: Allocator) -> None:
 def test_what_the_closed_form_is_off_by_is_found(allocator: Allocator, more: float) -> None:
     found = fitted(allocator, off_by(allocator, {"attn": more, "mlp": 1.0}))
     assert (found["u.attn"] - found["u.mlp"]) * np.sign(np.log(more)) > 0.3
+
+
+def test_trials_of_about_the_size_count_most(allocator: Allocator) -> None:
+    right, small, large = (off_by(allocator, {"attn": more, "mlp": 1.0}) for more in (1.0, 3.0, 0.4))
+
+    def loss(rank_map: RankMap) -> float:
+        kept = allocator.space.kept_of_targets(rank_map)
+        closed, off = allocator.closed_form(kept), small if kept < 0.6 else large
+        return right(closed) + off(rank_map) - off(closed)
+
+    low, high = (fitted(allocator, loss, trials=80, at=kept) for kept in (0.3, 0.95))
+    assert low["u.attn"] - low["u.mlp"] > high["u.attn"] - high["u.mlp"] + 0.2
+
+
+def test_losses_that_scatter_less_say_more(allocator: Allocator) -> None:
+    exact, random = off_by(allocator, {"attn": 2.5, "mlp": 1.0}), np.random.default_rng(1)
+
+    def scatter(kept: Floats) -> Floats:
+        return np.where(kept < 0.5, 0.1, 0.001)
+
+    def loss(rank_map: RankMap) -> float:
+        return exact(rank_map) + float(random.normal() * scatter(np.array(allocator.space.kept_of_targets(rank_map))))
+
+    def wrong(spread: Callable[[Floats], Floats]) -> float:
+        found = [fitted(allocator, loss, at=0.45, spread=spread) for _ in range(8)]
+        return float(np.mean([abs(one["u.attn"] - one["u.mlp"] - np.log(2.5)) for one in found]))
+
+    assert wrong(scatter) < 0.7 * wrong(np.ones_like)
 
 
 def test_nothing_is_fitted_to_few_losses(allocator: Allocator) -> None:

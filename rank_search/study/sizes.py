@@ -1,0 +1,99 @@
+"""At which size the next rank map is worth most: expected gain of hypervolume. Pure: no torch, no Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rank_search.allocation import Floats
+
+_GRID = 260
+"""Sizes that are looked at."""
+_NEIGHBOURS = 3.0
+"""Measurements, by their weights, that the expected loss at a size is read from."""
+_SPREAD_NEIGHBOURS = 10.0
+"""And those that its spread is read from."""
+_POWER = 4
+"""Of the gain, by which sizes are drawn: nearly always one of the best, but not the same by all workers."""
+
+
+def expected_losses(kept: Floats, losses: Floats, weights: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Loss that the next measurement at a size is expected to have, and by how much that may be off.
+
+    A line through the nearest measurements for the one, the residuals of such lines for the other.
+
+    Args:
+        kept, losses, weights: (n,), of what was measured; n at least 1.
+        sizes: (s,), kept fractions.
+
+    Returns:
+        (s,) and (s,), nats per token.
+    """
+    fitted, own = _lines(kept, losses, weights, kept)
+    # As if every measurement were not there for its own line.
+    left_out = (losses - fitted) / np.maximum(1 - own, 0.3)
+    near = _kernel(kept, weights, sizes, _SPREAD_NEIGHBOURS)
+    variance = near @ left_out**2 / near.sum(axis=1)
+    return _lines(kept, losses, weights, sizes)[0], np.sqrt(variance)
+
+
+def expected_gains(known: Sequence[tuple[float, float]], sizes: Floats, expected: Floats, spread: Floats) -> Floats:
+    """Hypervolume, in nats times kept fraction, that a measurement at every size is expected to add to the front.
+
+    The expected improvement (Jones, Schonlau and Welch, 1998) over the best loss at every size from the measurement's
+    own on, summed over these.
+
+    Args:
+        known: kept fraction and loss of what was measured.
+        sizes: (s,), ascending and evenly apart; hypervolume is counted between the first and the last.
+        expected, spread: (s,), mean and deviation of the loss there.
+    """
+    lowest = np.full(len(sizes), float(expected[0] + 2 * spread[0]))  # smaller than all: what is worse adds nothing
+    for size, loss in known:
+        reached = sizes >= size - 1e-9
+        lowest[reached] = np.minimum(lowest[reached], loss)
+    # Of a logistic distribution it is a logarithm; its deviation is π / √3 times its scale.
+    scale = np.maximum(spread, 1e-9)[:, None] * np.sqrt(3) / np.pi
+    better = scale * np.logaddexp(0.0, (lowest[None, :] - expected[:, None]) / scale)
+    gains: Floats = np.triu(better).sum(axis=1) * (sizes[1] - sizes[0])
+    return gains
+
+
+def size_grid(low: float, high: float) -> Floats:
+    """Kept fractions between two."""
+    return np.linspace(low, high, _GRID)
+
+
+def draw_size(sizes: Floats, gains: Floats, random: np.random.Generator) -> float:
+    """One of the sizes, mostly of a large gain, and a little off it."""
+    chances = (np.maximum(gains, 0.0) / max(float(gains.max()), 1e-12)) ** _POWER
+    if not chances.sum() > 0:
+        chances = np.ones(len(sizes))
+    step = sizes[1] - sizes[0]
+    drawn = sizes[int(random.choice(len(sizes), p=chances / chances.sum()))] + random.uniform(-0.5, 0.5) * step
+    return float(np.clip(drawn, sizes[0], sizes[-1]))
+
+
+def _kernel(kept: Floats, weights: Floats, sizes: Floats, neighbours: float) -> Floats:
+    """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""
+    apart = np.abs(sizes[:, None] - kept[None, :])
+    order = np.argsort(apart, axis=1)
+    held = np.cumsum(weights[order], axis=1)
+    place = np.minimum((held < neighbours).sum(axis=1), len(kept) - 1)
+    width = np.take_along_axis(apart, order[np.arange(len(sizes)), place][:, None], axis=1)
+    near: Floats = np.exp(-0.5 * (apart / np.maximum(width, 1e-6)) ** 2) * weights + 1e-12
+    return near
+
+
+def _lines(kept: Floats, losses: Floats, weights: Floats, sizes: Floats) -> tuple[Floats, Floats]:
+    """Value at every size of a line through the measurements around it, and (where sizes are those of the measurements)
+    by how much it moves with a measurement of that place."""
+    near = _kernel(kept, weights, sizes, _NEIGHBOURS)
+    total = near.sum(axis=1)
+    middle = near @ kept / total
+    off = kept[None, :] - middle[:, None]
+    moment = (near * off**2).sum(axis=1) + 1e-9 * total
+    share = near / total[:, None] + near * off * ((sizes - middle) / moment)[:, None]
+    own = np.diagonal(share) if len(sizes) == len(kept) else np.zeros(len(sizes))
+    return share @ losses, own
