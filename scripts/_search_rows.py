@@ -93,20 +93,12 @@ class RecordFile:
         """The run's study has stopped by itself."""
         return any("ended" in r and (r["competitor"], r["seed"]) == run for r in self.records)
 
-    def preparation(self) -> Mapping[str, float] | None:
-        """Seconds of making the factor bank, and of the nested fine-tune."""
-        return next((record["preparation"] for record in self.records if "preparation" in record), None)
-
-    def unconfirmed(self, run: Run, protocol: Protocol) -> list[Record]:
-        """Trials of a run on whose confirmed loss one of its rows waits."""
-        known = confirmed_losses(self.records)
-        wanted: dict[int, Record] = {}
-        trials = self.trials(run)
-        for at in checkpoints(protocol):
-            for _, record in chosen([t for t in trials if t["gpu_seconds"] <= at], protocol):
-                if (*run, record["digest"]) not in known:
-                    wanted[record["trial"]] = record
-        return list(wanted.values())
+    def preparation(self) -> Mapping[str, float]:
+        """Seconds of making the factor bank and the nested fine-tunes, so far as they are known."""
+        known: dict[str, float] = {}
+        for record in self.records:
+            known |= record.get("preparation", {})
+        return known
 
 
 def checkpoints(protocol: Protocol) -> list[float]:

@@ -13,25 +13,26 @@ Competitors:
     bolaco                 kept fractions of five layer types by a Gaussian process, at one budget after the other
     evolution              in the form of EvoPress, at the budgets of the study's ladder
     ladder                 the closed form alone, at more and more budgets
-    study                  the study file as it is; `study:sampler=mutation:space=direct` changes keys of its [search]
+    nested-ladder          the closed form alone, sliced from nested fine-tunes
+    study                  the study file as it is; `study:sampler=mutation:space=direct` changes keys of its [search],
+                           and `study:finetune.mode=nested` slices from nested fine-tunes
 
-A study file whose fine-tune is nested is searched by slicing; all others, and the first seven competitors, fine-tune
-every rank map for --steps. The validation blocks are cut in two: competitors see --score-blocks of them, and their
-fronts are compared on --confirm-blocks others: of every front the points that it holds for the best at --budgets sizes,
-fine-tuned for --steps. Confirmation costs a competitor
-nothing; sampling, storing, fine-tuning, scoring and what it shares with others (the factor bank, the nested fine-tune)
-do. Seeds draw the sampling and the order of the training blocks. GPU-seconds are those that pass; on a CPU, which
-other processes may share, they are the processor time of this process.
+Whatever is not sliced is fine-tuned for --steps. The validation blocks are cut in two: competitors see --score-blocks
+of them, and their fronts are compared on --confirm-blocks others: of every front the points that it holds for the best
+at --budgets sizes. Every trial's model is scored on these as well, while it stands. That costs a competitor nothing;
+sampling, storing, fine-tuning, scoring and what it shares with others (the factor bank, the nested fine-tunes) do.
+Seeds draw the sampling and the order of the training blocks; nested fine-tunes are those of the study's own seed.
+GPU-seconds are those that pass; on a CPU, which other processes may share, they are the processor time of this process.
 
 Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds, and the same call goes on from there.
 Where --rows is a folder, calls of other competitors or seeds have files of their own in it, so that several may run at
 once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled.
 
-Sizes for SmolLM2-135M on an H200, where a trial of 30 steps takes about 2 s: 250 s a run make 100 GPU-minutes of all.
+Sizes for SmolLM2-135M on an H200, where the bank takes 10 s and a trial of 30 steps 2.6: 300 s a run.
 One process a GPU with a file of rows each, called again until all runs are done; seconds of a shared GPU are others.
 
-    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 250
-        --steps 30 --score-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]
+    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 300
+        --steps 30 --score-blocks 32 --confirm-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from rank_search.baselines.methods import Allocations
 from rank_search.errors import InputError, NonFiniteLossError
 from rank_search.factors.bank import FactorBank, TrialBanks
 from rank_search.model.device import synchronize
-from rank_search.preparing import prepare
+from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap, RankSpace
 from rank_search.score import score
 from rank_search.spec import StudyFile, StudySpec, load_study_file, parse_study
@@ -71,7 +72,7 @@ _SEARCHED = 0.9
 """Share of its seconds that a study which climbs may measure for; the rest is sampling and storing."""
 Clock = Callable[[], float]
 """Seconds, of which differences count."""
-SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder")
+SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder", "nested-ladder")
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ class Bench:
         self._args = args
         self._study = study
         self._is_warm = False
+        self._nested: Prepared | None = None
         prepared = prepare(study)
         if prepared.splits.folds:
             raise InputError("validation.folds leaves no validation blocks to compare on; leave it out")
@@ -107,9 +109,7 @@ class Bench:
                 "blocks; lower one"
             )
         self._clock = time.process_time if prepared.device.type == "cpu" else time.perf_counter
-        self._prepared = dataclasses.replace(
-            prepared, splits=dataclasses.replace(prepared.splits, validation=validation[:seen])
-        )
+        self._prepared = _seeing(prepared, seen)
         task = prepared.loaded.task
         self._unseen = Examples.of(task, validation[seen : seen + unseen].columns).to(prepared.device)
         self._calibration = Examples.of(task, prepared.splits.calibration.columns).to(prepared.device)
@@ -117,41 +117,36 @@ class Bench:
         self.protocol = Protocol(
             study=study.spec.digest[:12], steps=args.steps, score_blocks=seen, confirm_blocks=unseen,
             gpu_seconds=args.gpu_seconds, budgets=args.budgets,
-            dense_loss=round(self._confirmed_loss(), 6), reference_rise=args.reference_rise,
+            dense_loss=round(self._confirmed_loss(prepared), 6), reference_rise=args.reference_rise,
             dense_params=space.model_params, least_params=_params_at(space, search.min_kept),
             most_params=_params_at(space, search.max_kept),
         )  # fmt: skip
         self._rows = _rows_file(args)
         self.file = RecordFile(self._rows, self.protocol, environment(prepared.device))
-        if self.file.preparation() is None:
-            self.file.add({"preparation": _preparation_seconds(study, self._clock)})
+        if not self.file.preparation():
+            with tempfile.TemporaryDirectory() as folder:  # where nothing is found, but all is made
+                self.file.add({"preparation": _made_in(Path(folder), study, self._clock)[1]})
 
     def is_done(self, run: Run) -> bool:
-        """All GPU-seconds of a run are spent, and what its rows need is confirmed."""
-        return self._is_spent(run) and not self.file.unconfirmed(run, self.protocol)
-
-    def _is_spent(self, run: Run) -> bool:
         """A run has had its GPU-seconds, or its study has stopped by itself."""
         trials = self.file.trials(run)
         return self.file.has_ended(run) or bool(trials and trials[-1]["gpu_seconds"] >= self.protocol.gpu_seconds)
 
     def go_on(self, run: Run, deadline: float) -> None:
-        """Search, then confirm, until all is done or the piece's time is over."""
+        """Search until all is done or the piece's time is over."""
         if self.is_done(run) or time.monotonic() >= deadline:
             return
         self._warm_up()
-        if not self._is_spent(run):
-            search = self._search_simple if run[0] in SIMPLE else self._search_study
-            search(run, deadline)
-        if self._is_spent(run):
-            self._confirm(run, deadline)
+        search = self._search_simple if run[0] in SIMPLE else self._search_study
+        search(run, deadline)
 
     def _warm_up(self) -> None:
         """On a GPU, what the first fine-tune of a process compiles belongs to no competitor."""
         if self._is_warm or self._prepared.device.type == "cpu":
             return
         self._is_warm = True
-        self._measure(self._tuning(0), self._prepared.allocator.closed_form(self._study.spec.search.ladder[0]))
+        first = self._prepared.allocator.closed_form(self._study.spec.search.ladder[0])
+        self._measure(self._tuning(0), first, self._prepared)
 
     # Competitors that ask and tell
 
@@ -159,19 +154,23 @@ class Bench:
         competitor = self._competitor(run)
         trials = self.file.trials(run)
         competitor.restore([Told(self._rank_map(t), t["loss"], t["num_params"], t["state"]) for t in trials])
-        spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=False)
-        evaluator = self._tuning(run[1])
+        nested = run[0] == "nested-ladder"
+        evaluator = Evaluator(self._sliced()) if nested else self._tuning(run[1])
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=nested)
         number = len(trials)
         while spent < self.protocol.gpu_seconds and time.monotonic() < deadline:
             started = self._clock()
             rank_map = competitor.propose()
             if competitor.factors == "svd":
                 evaluator = self._tuning(run[1], svd=True)
-            loss, confirmed, uncounted = self._measure(evaluator, rank_map)
+            loss, confirmed, uncounted = self._measure(
+                evaluator, rank_map, self._sliced() if nested else self._prepared
+            )
             told = Told(rank_map, loss, self._prepared.space.num_params(rank_map))
             state = competitor.tell(told)
             spent += self._clock() - started - uncounted
-            self._add(run, number, spent, rank_map, loss, "tuned", {"state": state, "confirmed": confirmed})
+            more = {"state": state, "confirmed": _round(confirmed)}
+            self._add(run, number, spent, rank_map, loss, "sliced" if nested else "tuned", more)
             number += 1
 
     def _competitor(self, run: Run) -> Competitor:
@@ -201,15 +200,17 @@ class Bench:
         )  # fmt: skip
         return loss(rank_map)
 
-    def _measure(self, evaluator: Evaluator, rank_map: RankMap) -> tuple[float | None, float | None, float]:
+    def _measure(
+        self, evaluator: Evaluator, rank_map: RankMap, prepared: Prepared
+    ) -> tuple[float | None, float | None, float]:
         """Loss on the score blocks, loss on the confirmation blocks, and the seconds that the latter took."""
         uncounted = 0.0
         try:
             with evaluator.applied(rank_map):
                 loss = evaluator.score().loss
-                synchronize(self._prepared.device)
+                synchronize(prepared.device)
                 started = self._clock()
-                confirmed = self._confirmed_loss()
+                confirmed = self._confirmed_loss(prepared)
                 uncounted = self._clock() - started
         except NonFiniteLossError:
             return None, None, uncounted
@@ -219,8 +220,9 @@ class Bench:
 
     def _search_study(self, run: Run, deadline: float) -> None:
         spec = self._study_spec(run)
-        prepared = dataclasses.replace(self._prepared, study=StudyFile(spec=spec, folder=self._study.folder))
         nested = spec.finetune.mode == "nested"
+        made = self._sliced() if nested else self._prepared
+        prepared = dataclasses.replace(made, study=StudyFile(spec=spec, folder=self._study.folder))
         trials = self.file.trials(run)
         storage = f"sqlite:///{self._rows.resolve().with_suffix('')}.{spec.name}.db"
         given = {}
@@ -235,7 +237,7 @@ class Bench:
         def confirm(rank_map: RankMap) -> None:
             with clock.stopped():
                 synchronize(prepared.device)
-                confirmed["confirmed"] = _round(self._confirmed_loss())
+                confirmed["confirmed"] = _round(self._confirmed_loss(prepared))
 
         def keep(outcome: Outcome) -> None:
             measured, number = outcome.measurement, outcome.proposal.number
@@ -248,9 +250,8 @@ class Bench:
         try:
             if not clock.is_over():
                 clock.start()
-                # Where a trial's fine-tune is the protocol's, its model is confirmed while it stands.
-                evaluator = Evaluator(prepared, None if nested else confirm)
-                ended = work(study, evaluator, 10**9, rules=StopRules.of(spec.search), on_outcome=keep)
+                rules = StopRules.of(spec.search)
+                ended = work(study, Evaluator(prepared, confirm), 10**9, rules=rules, on_outcome=keep)
                 self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
         except _PieceEndedError:
             pass
@@ -264,7 +265,10 @@ class Bench:
         _, *changes = name.split(":")
         for change in changes:
             key, _, value = change.partition("=")
-            tables["search"][key] = _number(value)
+            table, _, key = key.rpartition(".")
+            tables[table or "search"][key] = _number(value)
+        if tables["finetune"]["mode"] != self._study.spec.finetune.mode:
+            tables["finetune"] |= {"steps": None, "tokens": None}  # those of the other mode
         tables["search"] |= {"seed": tables["search"]["seed"] + seed, "trials": 10**9}
         if tables["search"]["fidelities"] is not None:
             # A study that climbs has to know its end, to promote what is left before it.
@@ -276,22 +280,10 @@ class Bench:
         tables["name"] = f"{plain}-{seed}"
         return parse_study(tables, where=f"competitor {name}")
 
-    def _confirm(self, run: Run, deadline: float) -> None:
-        """Fine-tune the points of a study's fronts as all others were, and score them on the confirmation blocks."""
-        evaluator = self._tuning(run[1], trial_banks=run[0] not in SIMPLE)
-        for trial in self.file.unconfirmed(run, self.protocol):
-            if time.monotonic() >= deadline:
-                return
-            _, confirmed, _ = self._measure(evaluator, self._rank_map(trial))
-            self.file.add(
-                {"competitor": run[0], "seed": run[1], "digest": trial["digest"], "confirmed": _round(confirmed)}
-            )
-
     # What both share
 
-    def _tuning(self, seed: int, *, svd: bool = False, trial_banks: bool = False) -> Evaluator:
-        """Fine-tunes every rank map for the protocol's steps: on the bank, on plain SVD made now, or on what trials of
-        the study slice."""
+    def _tuning(self, seed: int, *, svd: bool = False) -> Evaluator:
+        """Fine-tunes every rank map for the protocol's steps: on the bank, or on plain SVD made now."""
         prepared = self._prepared
         spec = prepared.spec
         finetune = spec.finetune.model_copy(update={"mode": "own", "steps": self.protocol.steps, "tokens": None})
@@ -301,19 +293,34 @@ class Bench:
         if svd:
             bank = FactorBank(Path(), prepared.bank.key, plain_svd(prepared.targets), {})
             return evaluator_with(dataclasses.replace(seeded, bank=bank), finetune)
-        if trial_banks:
-            tuned = StudyFile(spec=study.spec.model_copy(update={"finetune": finetune}), folder=study.folder)
-            return Evaluator(dataclasses.replace(seeded, study=tuned))
         return evaluator_with(dataclasses.replace(seeded, trial_banks=TrialBanks.single(prepared.bank)), finetune)
 
-    def _confirmed_loss(self) -> float:
+    def _sliced(self) -> Prepared:
+        """The study with nested fine-tunes, of which trials are slices; made, and their seconds kept, at first."""
+        if self._study.spec.finetune.mode == "nested":
+            return self._prepared
+        if self._nested is None:
+            tables = self._study.spec.model_dump(mode="json")
+            tables["finetune"] |= {"mode": "nested", "steps": None, "tokens": None}
+            study = StudyFile(spec=parse_study(tables, where="the nested study"), folder=self._study.folder)
+            if self.file.preparation().get("nested"):
+                prepared = prepare(study)
+            else:
+                # A folder of their own: nested fine-tunes that another run has made would cost nothing.
+                prepared, seconds = _made_in(self._rows.with_suffix(".nested").resolve(), study, self._clock)
+                self.file.add({"preparation": {"nested": seconds["nested"]}})
+            self._nested = _seeing(prepared, self.protocol.score_blocks)
+        return self._nested
+
+    def _confirmed_loss(self, prepared: Prepared) -> float:
         """Of the model as it stands."""
-        batch = self._prepared.spec.run.score_batch_blocks
-        return score(self._prepared.model, self._unseen, batch_blocks=batch).loss
+        return score(prepared.model, self._unseen, batch_blocks=prepared.spec.run.score_batch_blocks).loss
 
     def _start(self, bank: bool, *, nested: bool) -> float:
         """GPU-seconds spent before the first trial."""
-        told = self.file.preparation() or {}
+        if nested:
+            self._sliced()
+        told = self.file.preparation()
         return (told["bank"] if bank else 0.0) + (told["nested"] if nested else 0.0)
 
     def _rank_map(self, trial: Record) -> RankMap:
@@ -381,14 +388,19 @@ class _Laps:
         self._started = self._clock()
 
 
-def _preparation_seconds(study: StudyFile, clock: Clock) -> dict[str, float]:
-    """Seconds of making the bank and of the nested fine-tune, made once more for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        passed, counted = time.perf_counter(), clock()
-        times = prepare(with_work_dir(study, Path(folder))).times
-        share = (clock() - counted) / (time.perf_counter() - passed)
+def _made_in(folder: Path, study: StudyFile, clock: Clock) -> tuple[Prepared, dict[str, float]]:
+    """A study prepared in a folder, and the seconds of its bank and of its nested fine-tunes."""
+    passed, counted = time.perf_counter(), clock()
+    prepared = prepare(with_work_dir(study, folder))
+    share, times = (clock() - counted) / (time.perf_counter() - passed), prepared.times
     bank = times.statistics + times.decomposition + times.bank
-    return {"bank": round(share * bank, 3), "nested": round(share * times.nested, 3)}
+    return prepared, {"bank": round(share * bank, 3), "nested": round(share * times.nested, 3)}
+
+
+def _seeing(prepared: Prepared, blocks: int) -> Prepared:
+    """The same with the first so many validation blocks."""
+    splits = dataclasses.replace(prepared.splits, validation=prepared.splits.validation[:blocks])
+    return dataclasses.replace(prepared, splits=splits)
 
 
 def _params_at(space: RankSpace, kept: float) -> int:

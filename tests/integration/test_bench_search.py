@@ -88,6 +88,27 @@ def test_searches_without_a_fine_tune_propose_at_all_budgets(
         assert len(sizes) >= 2
 
 
+def test_what_is_sliced_pays_for_the_nested_fine_tune_once(
+    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+) -> None:
+    tiny = {"nested_steps": 3, "nested_ranges": 1}
+    study, rows = tiny_study(search={"ladder": [0.8, 0.5]}, finetune=tiny), tmp_path / "rows.jsonl"
+    names = ("nested-ladder", "study:finetune.mode=nested", "ladder")
+    run = (study, *QUICK, "--rows", rows, "--competitors", ",".join(names), "--seeds")
+    assert "all runs are done" in bench(*run, "0", "--gpu-seconds", "2")
+    seconds = {}
+    for record in records(rows):
+        seconds |= record.get("preparation", {})
+    assert seconds["nested"] > 0
+    for name in names:
+        trials = [r for r in records(rows) if r.get("competitor") == name and "trial" in r]
+        assert {t["fidelity"] for t in trials} == {"tuned" if name == "ladder" else "sliced"}
+        assert all(t["confirmed"] > 0 for t in trials)
+        assert (trials[0]["gpu_seconds"] > seconds["bank"] + seconds["nested"]) or name == "ladder"
+    bench(*run, "1", "--gpu-seconds", "2")  # another process, which makes them again at nobody's cost
+    assert sum("preparation" in record for record in records(rows)) == 2
+
+
 def test_another_protocol_is_refused(
     bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
