@@ -12,10 +12,11 @@ from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from rank_search.allocation import Floats
 from rank_search.ranks import RankMap
 from rank_search.study.bounded import is_feasible
-from rank_search.study.gaps import draw_size, find_gaps
 from rank_search.study.moves import Moves
+from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
 from rank_search.study.space import SearchSpace
 from rank_search.study.whole_space import WholeSpaceSampler
 
@@ -57,13 +58,13 @@ class Parent:
 
 
 class MutationSampler(WholeSpaceSampler):
-    """Proposes rank maps that fill the gaps of the front by small changes of those beside them.
+    """Proposes small changes of good rank maps, at sizes where they are worth most.
 
-    A size is drawn in the gaps between neighbours on the front, wide and steep ones most: a point in the middle of one
-    adds a quarter of its area (width times fall in loss) to the hypervolume. One of the good rank maps nearest to it,
-    by its loss for its size, takes its deviations from the closed form there (:meth:`Moves.resize`). The denser the
-    front, the more often the child also trades ranks among a few of its layers (:meth:`Moves.trade`); few changes a
-    step are what evolution of compressed models lives on (EvoPress, Sieberling et al., 2024).
+    A size is drawn by the hypervolume that a measurement there is expected to add to the front. One of the good rank
+    maps nearest to it, by its loss for its size, takes its deviations from the closed form there
+    (:meth:`Moves.resize`). The denser the front, the more often the child also trades ranks among a few of its layers
+    (:meth:`Moves.trade`); few changes a step are what evolution of compressed models lives on (EvoPress, Sieberling et
+    al., 2024).
 
     The rank map itself is handed to ``keep``; Optuna's own parameters only stand near it. A proposal depends on the
     seed and the trials alone, and is no rank map that another trial has, running ones included.
@@ -113,13 +114,22 @@ class MutationSampler(WholeSpaceSampler):
         return found
 
     def _proposal(self, parents: list[Parent], taken: set[str], allowed: FloatDistribution) -> RankMap:
-        front = [(self._kept_by(parent.params), parent.loss) for parent in parents if parent.rank == 0]
-        gaps = find_gaps(front, allowed.low, allowed.high)
+        sizes = size_grid(allowed.low, allowed.high)
+        gains = self._gains(parents, sizes)
         for _ in range(_TRIES):
-            child = self._child(parents, draw_size(gaps, self._random))
+            child = self._child(parents, draw_size(sizes, gains, self._random))
             if rank_map_text(child) not in taken:
                 break
         return child
+
+    def _gains(self, parents: Sequence[Parent], sizes: Floats) -> Floats:
+        """What a measurement at each of the sizes is expected to add to the front."""
+        if not parents:
+            return np.ones(len(sizes))
+        kept = np.array([self._kept_by(parent.params) for parent in parents])
+        losses = np.array([parent.loss for parent in parents])
+        expected, spread = expected_losses(kept, losses, np.ones(len(parents)), sizes)
+        return expected_gains(list(zip(kept.tolist(), losses.tolist(), strict=True)), sizes, expected, spread)
 
     def _child(self, parents: Sequence[Parent], kept: float) -> RankMap:
         random, moves = self._random, self._moves

@@ -127,7 +127,7 @@ class SeededSampler(BaseSampler):
         space = self._space.distributions
         interest = self._interest(trial)
         if isinstance(self._inner, MutationSampler | FittedSampler) and interest is not None:
-            # They look for the gaps of the front there, so they have to be told before.
+            # They look for the best size there, so they have to be told before.
             space = {**space, "kept": FloatDistribution(*interest)}
         return {name: space[name] for name in sorted(space) if not space[name].single()}
 

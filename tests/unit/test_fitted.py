@@ -1,4 +1,4 @@
-"""Fitted multipliers find what a closed form is off by; their sampler fills the front's gaps with what they mean."""
+"""Fitted multipliers find what a closed form is off by; their sampler proposes it where it is worth most."""
 
 from __future__ import annotations
 
