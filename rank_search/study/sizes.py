@@ -14,6 +14,8 @@ _NEIGHBOURS = 3.0
 """Measurements, by their weights, that the expected loss at a size is read from."""
 _SPREAD_NEIGHBOURS = 10.0
 """And those that its spread is read from."""
+_LEAST_LEFT = 0.3
+"""Share of a measurement that its own line is taken to leave out at least: at the ends lines are mostly its own."""
 _POWER = 4
 """Of the gain, by which sizes are drawn: nearly always one of the best, but not the same by all workers."""
 
@@ -30,12 +32,12 @@ def expected_losses(kept: Floats, losses: Floats, weights: Floats, sizes: Floats
     Returns:
         (s,) and (s,), nats per token.
     """
-    fitted, own = _lines(kept, losses, weights, kept)
+    own = _shares(kept, weights, kept)
     # As if every measurement were not there for its own line.
-    left_out = (losses - fitted) / np.maximum(1 - own, 0.3)
+    left_out = (losses - own @ losses) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
     near = _kernel(kept, weights, sizes, _SPREAD_NEIGHBOURS)
     variance = near @ left_out**2 / near.sum(axis=1)
-    return _lines(kept, losses, weights, sizes)[0], np.sqrt(variance)
+    return _shares(kept, weights, sizes) @ losses, np.sqrt(variance)
 
 
 def expected_gains(known: Sequence[tuple[float, float]], sizes: Floats, expected: Floats, spread: Floats) -> Floats:
@@ -86,14 +88,12 @@ def _kernel(kept: Floats, weights: Floats, sizes: Floats, neighbours: float) -> 
     return near
 
 
-def _lines(kept: Floats, losses: Floats, weights: Floats, sizes: Floats) -> tuple[Floats, Floats]:
-    """Value at every size of a line through the measurements around it, and (where sizes are those of the measurements)
-    by how much it moves with a measurement of that place."""
+def _shares(kept: Floats, weights: Floats, sizes: Floats) -> Floats:
+    """(s, n): what each measurement counts in the value, at every size, of a line through those around it."""
     near = _kernel(kept, weights, sizes, _NEIGHBOURS)
     total = near.sum(axis=1)
     middle = near @ kept / total
     off = kept[None, :] - middle[:, None]
     moment = (near * off**2).sum(axis=1) + 1e-9 * total
-    share = near / total[:, None] + near * off * ((sizes - middle) / moment)[:, None]
-    own = np.diagonal(share) if len(sizes) == len(kept) else np.zeros(len(sizes))
-    return share @ losses, own
+    shares: Floats = near / total[:, None] + near * off * ((sizes - middle) / moment)[:, None]
+    return shares
