@@ -198,7 +198,7 @@ class FinetuneSpec(Table):
     """Every trial is fine-tuned on its own, or the bank's factors once for all trials, which then slice them."""
     nested_steps: Positive = 120
     """Optimiser steps of a range's nested fine-tune in the mean of all, each under another rank map."""
-    nested_ranges: Annotated[int, Field(ge=1, le=32)] = 6
+    nested_ranges: Annotated[int, Field(ge=1, le=32)] = 5
     """Ranges of kept fractions, from `search.min_kept` to `search.max_kept`, with a nested fine-tune each."""
     steps: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Budget of a trial's own fine-tune in optimiser steps; where neither this nor ``tokens`` is given, 100, and 0 in
