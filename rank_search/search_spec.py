@@ -36,7 +36,7 @@ class SearchSpec(Table):
     depth_buckets: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Stretches of blocks of the space `groups`; None: 4."""
     sampler: Sampler = "fitted"
-    """`fitted`: where it is worth most, the closed form with multipliers fitted to all measured losses; not over
+    """`fitted`: where it is worth most, the closed form with multipliers fitted to measured losses; not over
     `space = "direct"`. `mutation`: good rank maps, changed by a few layers at a time; over `space = "direct"` alone.
     And Optuna's `tpe` (multivariate), `nsga2`, `nsga3`, `gp` (which needs the extra of that name) and `random`."""
     trials: Positive = 40

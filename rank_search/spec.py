@@ -386,6 +386,8 @@ class StudySpec(Table):
         del tables["run"]
         for key in STOP_KEYS:
             del tables["search"][key]
+        if self.finetune.mode == "own":
+            del tables["finetune"]["nested_steps"], tables["finetune"]["nested_ranges"]
         return tables
 
     @property

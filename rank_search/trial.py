@@ -63,7 +63,7 @@ class Evaluator:
     Args:
         prepared: what is measured, and how.
         look: called with a rank map once it is scored at the highest fidelity (with folds, at each of them), while the
-            fine-tuned model still stands; what it takes belongs to no measurement.
+            fine-tuned model still stands; the seconds that it takes belong to no measurement.
     """
 
     def __init__(self, prepared: Prepared, look: Callable[[RankMap], None] | None = None) -> None:

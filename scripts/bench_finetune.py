@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from _bench import peak_memory, print_table, write_report
 from _run import run_script
 
 from rank_search.compress.low_rank import compressed
+from rank_search.factors.decompose import Factors
 from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress, Step
@@ -116,7 +117,7 @@ def _train(
     synchronize(prepared.device)
     stamps = Stamps(prepared.device)
     if nested:
-        _train_nested(prepared, kept, spec, examples, stamps)
+        _train_nested(prepared, kept, spec, factors, examples, stamps)
     else:
         with compressed(prepared.targets, factors, prepared.allocator.closed_form(kept)) as layers:
             result = finetune(
@@ -129,7 +130,8 @@ def _train(
 
 
 def _train_nested(
-    prepared: Prepared, kept: float, spec: FinetuneSpec, examples: Examples, stamps: Stamps
+    prepared: Prepared, kept: float, spec: FinetuneSpec, factors: Mapping[str, Factors], examples: Examples,
+    stamps: Stamps,
 ) -> None:  # fmt: skip
     """In the range that holds ``kept``."""
     search, least = prepared.spec.search, prepared.space.min_params / prepared.space.dense_params
@@ -137,7 +139,7 @@ def _train_nested(
     served = next((one for one in ranges if kept <= one[1]), ranges[-1])
     drawn = trained_range(served)
     nested_finetune(
-        prepared.model, prepared.targets, prepared.bank.on(prepared.device),
+        prepared.model, prepared.targets, factors,
         sampled_rank_maps(prepared.allocator, search, drawn), examples, spec.at(sum(drawn) / 2, prepared.space.storage),
         seed=search.seed, progress=stamps,
     )  # fmt: skip

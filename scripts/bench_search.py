@@ -26,7 +26,8 @@ GPU-seconds are those that pass; on a CPU, which other processes may share, they
 
 Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds, and the same call goes on from there.
 Where --rows is a folder, calls of other competitors or seeds have files of their own in it, so that several may run at
-once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled.
+once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled;
+nested fine-tunes count what is compiled for them.
 
 Sizes for SmolLM2-135M on an H200, where the bank takes 10 s and a trial of 30 steps 2.6: 300 s a run.
 One process a GPU with a file of rows each, called again until all runs are done; seconds of a shared GPU are others.
@@ -40,14 +41,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
+from _laps import Clock, Laps, PieceEndedError
 from _run import run_script
 from _search_rows import Protocol, Record, RecordFile, Run, merged, report
 
@@ -70,8 +72,6 @@ from rank_search.worker import Outcome, work
 
 _SEARCHED = 0.9
 """Share of its seconds that a study which climbs may measure for; the rest is sampling and storing."""
-Clock = Callable[[], float]
-"""Seconds, of which differences count."""
 SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder", "nested-ladder")
 
 
@@ -114,10 +114,11 @@ class Bench:
         self._unseen = Examples.of(task, validation[seen : seen + unseen].columns).to(prepared.device)
         self._calibration = Examples.of(task, prepared.splits.calibration.columns).to(prepared.device)
         space, search = prepared.space, study.spec.search
+        dense = score(prepared.model, self._unseen, batch_blocks=study.spec.run.score_batch_blocks)
         self.protocol = Protocol(
             study=study.spec.digest[:12], steps=args.steps, score_blocks=seen, confirm_blocks=unseen,
             gpu_seconds=args.gpu_seconds, budgets=args.budgets,
-            dense_loss=round(self._confirmed_loss(prepared), 6), reference_rise=args.reference_rise,
+            dense_loss=round(dense.loss, 6), reference_rise=args.reference_rise,
             dense_params=space.model_params, least_params=_params_at(space, search.min_kept),
             most_params=_params_at(space, search.max_kept),
         )  # fmt: skip
@@ -157,6 +158,7 @@ class Bench:
         nested = run[0] == "nested-ladder"
         evaluator = Evaluator(self._sliced()) if nested else self._tuning(run[1])
         spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=nested)
+        self._end_if_spent(run, spent)
         number = len(trials)
         while spent < self.protocol.gpu_seconds and time.monotonic() < deadline:
             started = self._clock()
@@ -221,17 +223,23 @@ class Bench:
     def _search_study(self, run: Run, deadline: float) -> None:
         spec = self._study_spec(run)
         nested = spec.finetune.mode == "nested"
-        made = self._sliced() if nested else self._prepared
+        made = self._sliced() if nested else self._unsliced()
         prepared = dataclasses.replace(made, study=StudyFile(spec=spec, folder=self._study.folder))
         trials = self.file.trials(run)
-        storage = f"sqlite:///{self._rows.resolve().with_suffix('')}.{spec.name}.db"
+        database = Path(f"{self._rows.resolve().with_suffix('')}.{spec.name}.db")
+        if trials and not database.exists():
+            raise InputError(
+                f"{self._rows} has trials of {run[0]} {run[1]}, whose study {database} is gone; remove them"
+            )
+        storage = f"sqlite:///{database}"
         given = {}
         if asked := given_seeds(spec, storage, prepared.allocator):
             rules = Allocations.of(prepared)
             given = {seed: rules.rank_map(seed.allocation, seed.kept) for seed in asked}
         study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
         spent = trials[-1]["gpu_seconds"] if trials else self._start(True, nested=nested)
-        clock = _Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
+        self._end_if_spent(run, spent)
+        clock = Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
         confirmed: dict[str, float | None] = {}
 
         def confirm(rank_map: RankMap) -> None:
@@ -253,7 +261,7 @@ class Bench:
                 rules = StopRules.of(spec.search)
                 ended = work(study, Evaluator(prepared, confirm), 10**9, rules=rules, on_outcome=keep)
                 self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
-        except _PieceEndedError:
+        except PieceEndedError:
             pass
         finally:
             study.close()
@@ -266,6 +274,10 @@ class Bench:
         for change in changes:
             key, _, value = change.partition("=")
             table, _, key = key.rpartition(".")
+            if table and (table, key) != ("finetune", "mode"):
+                raise InputError(
+                    f"competitor {name!r} changes {table}.{key}; change keys of [search] and finetune.mode"
+                )
             tables[table or "search"][key] = _number(value)
         if tables["finetune"]["mode"] != self._study.spec.finetune.mode:
             tables["finetune"] |= {"steps": None, "tokens": None}  # those of the other mode
@@ -284,7 +296,7 @@ class Bench:
 
     def _tuning(self, seed: int, *, svd: bool = False) -> Evaluator:
         """Fine-tunes every rank map for the protocol's steps: on the bank, or on plain SVD made now."""
-        prepared = self._prepared
+        prepared = self._unsliced()
         spec = prepared.spec
         finetune = spec.finetune.model_copy(update={"mode": "own", "steps": self.protocol.steps, "tokens": None})
         search = spec.search.model_copy(update={"seed": spec.search.seed + seed})
@@ -293,7 +305,7 @@ class Bench:
         if svd:
             bank = FactorBank(Path(), prepared.bank.key, plain_svd(prepared.targets), {})
             return evaluator_with(dataclasses.replace(seeded, bank=bank), finetune)
-        return evaluator_with(dataclasses.replace(seeded, trial_banks=TrialBanks.single(prepared.bank)), finetune)
+        return evaluator_with(seeded, finetune)
 
     def _sliced(self) -> Prepared:
         """The study with nested fine-tunes, of which trials are slices; made, and their seconds kept, at first."""
@@ -303,18 +315,26 @@ class Bench:
             tables = self._study.spec.model_dump(mode="json")
             tables["finetune"] |= {"mode": "nested", "steps": None, "tokens": None}
             study = StudyFile(spec=parse_study(tables, where="the nested study"), folder=self._study.folder)
-            if self.file.preparation().get("nested"):
-                prepared = prepare(study)
-            else:
-                # A folder of their own: nested fine-tunes that another run has made would cost nothing.
-                prepared, seconds = _made_in(self._rows.with_suffix(".nested").resolve(), study, self._clock)
+            folder = self._rows.with_suffix(".nested").resolve()  # found there by later calls on the same machine
+            is_counted = bool(self.file.preparation().get("nested"))
+            if not is_counted:
+                shutil.rmtree(folder, ignore_errors=True)  # what is found costs nothing
+            prepared, seconds = _made_in(folder, study, self._clock)
+            if not is_counted:
                 self.file.add({"preparation": {"nested": seconds["nested"]}})
             self._nested = _seeing(prepared, self.protocol.score_blocks)
         return self._nested
 
-    def _confirmed_loss(self, prepared: Prepared) -> float:
-        """Of the model as it stands."""
-        return score(prepared.model, self._unseen, batch_blocks=prepared.spec.run.score_batch_blocks).loss
+    def _unsliced(self) -> Prepared:
+        """The study on the factor bank as it is."""
+        return dataclasses.replace(self._prepared, trial_banks=TrialBanks.single(self._prepared.bank))
+
+    def _confirmed_loss(self, prepared: Prepared) -> float | None:
+        """Of the model as it stands; None where it is not finite."""
+        try:
+            return score(prepared.model, self._unseen, batch_blocks=prepared.spec.run.score_batch_blocks).loss
+        except NonFiniteLossError:
+            return None
 
     def _start(self, bank: bool, *, nested: bool) -> float:
         """GPU-seconds spent before the first trial."""
@@ -322,6 +342,11 @@ class Bench:
             self._sliced()
         told = self.file.preparation()
         return (told["bank"] if bank else 0.0) + (told["nested"] if nested else 0.0)
+
+    def _end_if_spent(self, run: Run, spent: float) -> None:
+        """A run whose preparation alone takes its GPU-seconds has no trials."""
+        if spent >= self.protocol.gpu_seconds and not self.is_done(run):
+            self.file.add({"competitor": run[0], "seed": run[1], "ended": "preparation took all GPU-seconds"})
 
     def _rank_map(self, trial: Record) -> RankMap:
         """Of a record, which holds ranks in the order of the layers; of dense ones None."""
@@ -343,49 +368,6 @@ class Bench:
         print(
             f"{run[0]} seed {run[1]} trial {number}: {spent:.1f} s, kept {kept:.4f}, loss {record['loss']}", flush=True
         )
-
-
-class _PieceEndedError(Exception):
-    """A run has spent its GPU-seconds, or the piece its time."""
-
-
-class _Laps:
-    """GPU-seconds of a study's run, lap by lap."""
-
-    def __init__(self, clock: Clock, spent: float, limit: float, deadline: float) -> None:
-        self._clock = clock
-        self._spent = spent
-        self._limit = limit
-        self._deadline = deadline
-        self._started = 0.0
-
-    def start(self) -> None:
-        """Count from now on."""
-        self._started = self._clock()
-
-    def lap(self) -> float:
-        """All GPU-seconds until now."""
-        now = self._clock()
-        self._spent += now - self._started
-        self._started = now
-        return self._spent
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside the block is not counted."""
-        started = self._clock()
-        yield
-        self._started += self._clock() - started
-
-    def is_over(self) -> bool:
-        """Nothing is left of the run or of the piece."""
-        return self._spent >= self._limit or time.monotonic() >= self._deadline
-
-    def check(self) -> None:
-        """Leave the study's loop when it is over; what the keeping took is not counted."""
-        if self.is_over():
-            raise _PieceEndedError
-        self._started = self._clock()
 
 
 def _made_in(folder: Path, study: StudyFile, clock: Clock) -> tuple[Prepared, dict[str, float]]:

@@ -17,7 +17,7 @@ from rank_search.study.stored import rank_map_of
 from rank_search.study.tables import FrontRow, StudyRow, TrialRow
 
 NEWEST = 128
-"""So many of the newest complete trials, ..."""
+"""So many of the newest trials that are complete, feasible or not, ..."""
 BEST = 128
 """... and so many points of the front."""
 RUNNING = 256
@@ -63,7 +63,7 @@ class Evidence:
         with translated(self._engine.url), Session(self._engine) as session:
             study = select(StudyRow.id).where(StudyRow.name == self._name).scalar_subquery()
             columns = select(TrialRow.number, TrialRow.loss, TrialRow.kept_of_targets).where(TrialRow.study_id == study)
-            complete = columns.where(TrialRow.state == State.COMPLETE)
+            complete = columns.where(TrialRow.state.in_([State.COMPLETE, State.INFEASIBLE]))
             newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
             running = columns.where(TrialRow.state == State.RUNNING)
             running = running.order_by(TrialRow.number.desc()).limit(RUNNING)

@@ -47,14 +47,19 @@ class FittedSampler(WholeSpaceSampler):
         rises: of what was tried.
         seed: of this proposal.
         tried: what there is.
+        max_loss: above it a measurement is worth nothing.
     """
 
-    def __init__(self, space: MultiplierSpace, rises: Rises, seed: int, tried: Callable[[], Sequence[Tried]]) -> None:
+    def __init__(
+        self, space: MultiplierSpace, rises: Rises, seed: int, tried: Callable[[], Sequence[Tried]],
+        max_loss: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(space)
         self._space = space
         self._rises = rises
         self._random = np.random.default_rng(seed)
         self._tried = tried
+        self._max_loss = max_loss
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -81,11 +86,11 @@ class FittedSampler(WholeSpaceSampler):
         known = list(zip(measured.kept.tolist(), measured.losses.tolist(), strict=True))
         for kept in map(self._rises.kept_of, running):
             known.append((kept, float(np.interp(kept, sizes, expected))))
-        return expected_gains(known, sizes, expected, spread)
+        return expected_gains(known, sizes, expected, spread, self._max_loss)
 
     def _drawn(self, measured: _Measured, kept: float) -> Params:
         terms, reach = self._space.terms, self._space.reach
-        matrix = np.array(list(terms.values())).reshape(len(terms), -1)
+        matrix = np.array(list(terms.values())).reshape(len(terms), len(self._space.allocator.space.shapes))
         fitted = fitted_multipliers(
             matrix, measured.rises, measured.closed, measured.kept, measured.losses, measured.spread, kept
         )  # fmt: skip

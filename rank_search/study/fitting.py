@@ -76,8 +76,8 @@ def fitted_multipliers(
     x, y = others @ design, others @ losses
     middle = float(np.median(spread)) + 1e-12
     sure = (middle / np.maximum(spread, _SUREST * middle)) ** 2
-    here = weights * sure * np.exp(-0.5 * ((kept - at) / _REACH) ** 2)
-    off = _ridge(x, y - x[:, 0], here)  # by how much h and v are off from 1 and 0
+    near = weights * np.exp(-0.5 * ((kept - at) / _REACH) ** 2)
+    off = _ridge(x, y - x[:, 0], near * sure, float(near.sum()))  # by how much h and v are off from 1 and 0
     factors = np.clip(1 + off[1:] @ terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)
     found: Floats = np.linalg.lstsq(terms.T, np.log(factors), rcond=None)[0]
     return found
@@ -123,14 +123,15 @@ def _smoother(kept: Floats, weights: Floats) -> Floats:
     return smoother
 
 
-def _ridge(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """Coefficients of the common factor and of every term; the residual's variance sets how far priors count."""
+def _ridge(x: Floats, y: Floats, weights: Floats, count: float) -> Floats:
+    """Coefficients of the common factor and of every term; the residual's variance, of as good as ``count`` trials, sets
+    how far priors count."""
     precision: Floats = np.array([_TRUST, *[_PRIOR] * (x.shape[1] - 1)]) ** -2
     squares: Floats = x.T @ (weights[:, None] * x)
     found: Floats = np.zeros(x.shape[1])
     residual: Floats = y
     for _ in range(_ROUNDS):
-        freedom = max(float(weights.sum()) - 4, 1.0)
+        freedom = max(count - 4, 1.0)
         variance = max(float(weights @ residual**2) / freedom, 1e-10)
         solution = np.linalg.solve(squares + np.diag(variance * precision), x.T @ (weights * y))
         found = np.asarray(solution, dtype=np.float64)

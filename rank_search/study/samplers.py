@@ -175,7 +175,7 @@ class SeededSampler(BaseSampler):
             case "fitted":
                 assert isinstance(self._space, MultiplierSpace)  # check_sampler
                 assert self._rises is not None
-                return FittedSampler(self._space, self._rises, seed, self._tried)
+                return FittedSampler(self._space, self._rises, seed, self._tried, self._search.max_loss)
             case "tpe":
                 # Optuna's own choice for two objectives, one parameter at a time, is many times slower.
                 return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)

@@ -14,6 +14,8 @@ _NEIGHBOURS = 3.0
 """Measurements, by their weights, that the expected loss at a size is read from."""
 _SPREAD_NEIGHBOURS = 10.0
 """And those that its spread is read from."""
+_NARROW = 0.005
+"""Apart in kept fraction, by less than which measurements say little about how the loss falls with the size."""
 _LEAST_LEFT = 0.3
 """Share of a measurement that its own line is taken to leave out at least: at the ends lines are mostly its own."""
 _POWER = 4
@@ -40,7 +42,9 @@ def expected_losses(kept: Floats, losses: Floats, weights: Floats, sizes: Floats
     return _shares(kept, weights, sizes) @ losses, np.sqrt(variance)
 
 
-def expected_gains(known: Sequence[tuple[float, float]], sizes: Floats, expected: Floats, spread: Floats) -> Floats:
+def expected_gains(
+    known: Sequence[tuple[float, float]], sizes: Floats, expected: Floats, spread: Floats, max_loss: float | None = None
+) -> Floats:
     """Hypervolume, in nats times kept fraction, that a measurement at every size is expected to add to the front.
 
     The expected improvement (Jones, Schonlau and Welch, 1998) over the best loss at every size from the measurement's
@@ -50,8 +54,10 @@ def expected_gains(known: Sequence[tuple[float, float]], sizes: Floats, expected
         known: kept fraction and loss of what was measured.
         sizes: (s,), ascending and evenly apart; hypervolume is counted between the first and the last.
         expected, spread: (s,), mean and deviation of the loss there.
+        max_loss: what is above adds nothing; None: what is above the loss that the smallest size may have.
     """
-    lowest = np.full(len(sizes), float(expected[0] + 2 * spread[0]))  # smaller than all: what is worse adds nothing
+    worst = float(expected[0] + 2 * spread[0])
+    lowest = np.full(len(sizes), worst if max_loss is None else min(max_loss, worst))
     for size, loss in known:
         reached = sizes >= size - 1e-9
         lowest[reached] = np.minimum(lowest[reached], loss)
@@ -94,6 +100,6 @@ def _shares(kept: Floats, weights: Floats, sizes: Floats) -> Floats:
     total = near.sum(axis=1)
     middle = near @ kept / total
     off = kept[None, :] - middle[:, None]
-    moment = (near * off**2).sum(axis=1) + 1e-9 * total
+    moment = (near * off**2).sum(axis=1) + _NARROW**2 * total
     shares: Floats = near / total[:, None] + near * off * ((sizes - middle) / moment)[:, None]
     return shares

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rank_search.spec import load_study_file
 from tests.conftest import StudyFactory
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -94,8 +95,8 @@ def test_what_is_sliced_pays_for_the_nested_fine_tune_once(
     tiny = {"nested_steps": 3, "nested_ranges": 1}
     study, rows = tiny_study(search={"ladder": [0.8, 0.5]}, finetune=tiny), tmp_path / "rows.jsonl"
     names = ("nested-ladder", "study:finetune.mode=nested", "ladder")
-    run = (study, *QUICK, "--rows", rows, "--competitors", ",".join(names), "--seeds")
-    assert "all runs are done" in bench(*run, "0", "--gpu-seconds", "2")
+    run = (study, *QUICK, "--rows", rows, "--gpu-seconds", "3", "--competitors")
+    assert "all runs are done" in bench(*run, ",".join(names), "--seeds", "0")
     seconds = {}
     for record in records(rows):
         seconds |= record.get("preparation", {})
@@ -105,7 +106,7 @@ def test_what_is_sliced_pays_for_the_nested_fine_tune_once(
         assert {t["fidelity"] for t in trials} == {"tuned" if name == "ladder" else "sliced"}
         assert all(t["confirmed"] > 0 for t in trials)
         assert (trials[0]["gpu_seconds"] > seconds["bank"] + seconds["nested"]) or name == "ladder"
-    bench(*run, "1", "--gpu-seconds", "2")  # another process, which makes them again at nobody's cost
+    bench(*run, names[0], "--seeds", "1")  # another call, which finds them
     assert sum("preparation" in record for record in records(rows)) == 2
 
 
@@ -156,3 +157,11 @@ def test_a_search_is_told_by_when_it_had_what_others_end_with(monkeypatch: pytes
     late = [row for row in rows("study", 0.9, 0.9, 0.9) if (row["seed"], row["gpu_seconds"]) != (1, 5.0)]
     (line,) = overtakings([*rows("svd-tpe", 0.1, 0.2, 0.4), *late], "study")
     assert "by 20 of 100 s" in line, "a checkpoint that one seed has not reached is none of the mean"
+
+
+def test_kept_rows_can_be_gone_on_from() -> None:
+    study = Path(__file__).resolve().parents[2] / "studies" / "smollm2-135m-wikitext2"
+    digest = load_study_file(study / "search.toml").spec.digest[:12]
+    kept = sorted((study / "experiments" / "search").glob("*.jsonl"))
+    assert kept
+    assert {records(path)[0]["protocol"]["study"] for path in kept} == {digest}

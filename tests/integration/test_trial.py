@@ -133,14 +133,14 @@ def test_whoever_looks_sees_the_model_that_is_scored_and_changes_nothing(prepare
     unseen = Evaluator(prepared).measure(rank_map)
 
     def look(of: RankMap) -> None:
-        time.sleep(0.2)
+        time.sleep(0.5)
         seen.append((of, evaluator.score().loss))
 
     evaluator = Evaluator(prepared, look)
     measured = evaluator.measure(rank_map)
     assert seen == [(rank_map, measured.loss)]
     assert _without_times(measured) == _without_times(unseen)
-    assert measured.swap_seconds < 0.2
+    assert measured.swap_seconds < 0.5
 
 
 def test_without_fine_tune_the_loss_is_that_of_the_sliced_factors(tiny_study: StudyFactory) -> None:

@@ -142,13 +142,29 @@ def test_a_study_repeats_itself_and_no_rank_map(tmp_path: Path, allocator: Alloc
     assert len(set(sequences[0])) == 12
 
 
-def test_running_trials_fill_gaps(tmp_path: Path, allocator: Allocator) -> None:
+def test_what_runs_counts_as_measured(tmp_path: Path, allocator: Allocator) -> None:
     study = open_fitted(f"sqlite:///{tmp_path}/s.db", allocator)
     run(study, allocator, off_by(allocator, {"attn": 1.0, "mlp": 1.0}), 8)
     asked = [allocator.space.kept_of_targets(study.ask().rank_map) for _ in range(16)]
     study.close()
     assert len(set(asked)) == 16
-    assert np.diff(sorted(asked)).max() < 0.25
+    assert np.diff(sorted(asked)).max() < 0.15
+
+
+def test_sizes_that_cannot_meet_the_largest_loss_are_left_alone(tmp_path: Path, allocator: Allocator) -> None:
+    loss = off_by(allocator, {"attn": 1.0, "mlp": 1.0})
+    goal = loss(allocator.closed_form(0.55))
+    study = open_fitted(f"sqlite:///{tmp_path}/s.db", allocator, max_loss=goal)
+    missed = [loss(rank_map) > goal for rank_map in run(study, allocator, loss, 32)]
+    study.close()
+    assert sum(missed) < 10
+
+
+def test_a_space_without_multipliers_is_searched_by_size(tmp_path: Path) -> None:
+    alone = make_allocator(layers=1, groups=(("mlp", 12, 20),))
+    study = open_fitted(f"sqlite:///{tmp_path}/s.db", alone, ladder=[0.8])
+    assert len(set(run(study, alone, off_by(alone, {"mlp": 1.0}), 5))) == 5
+    study.close()
 
 
 def test_the_range_of_interest_is_kept_to(tmp_path: Path, allocator: Allocator) -> None:

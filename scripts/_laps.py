@@ -1,0 +1,55 @@
+"""GPU-seconds of :mod:`bench_search`, lap by lap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Clock = Callable[[], float]
+"""Seconds, of which differences count."""
+
+
+class PieceEndedError(Exception):
+    """A run has spent its GPU-seconds, or the piece its time."""
+
+
+class Laps:
+    """GPU-seconds of a study's run, lap by lap."""
+
+    def __init__(self, clock: Clock, spent: float, limit: float, deadline: float) -> None:
+        self._clock = clock
+        self._spent = spent
+        self._limit = limit
+        self._deadline = deadline
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._started = self._clock()
+
+    def lap(self) -> float:
+        """All GPU-seconds until now."""
+        now = self._clock()
+        self._spent += now - self._started
+        self._started = now
+        return self._spent
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside the block is not counted."""
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self._started += self._clock() - started
+
+    def is_over(self) -> bool:
+        """Nothing is left of the run or of the piece."""
+        return self._spent >= self._limit or time.monotonic() >= self._deadline
+
+    def check(self) -> None:
+        """Leave the study's loop when it is over; what the keeping took is not counted."""
+        if self.is_over():
+            raise PieceEndedError
+        self._started = self._clock()
