@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from rank_search.allocation import Floats
 from rank_search.study.evidence import Tried
-from rank_search.study.fitting import fitted_multipliers, nearness
+from rank_search.study.fitting import MultiplierFit, nearness
 from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
 from rank_search.study.space import MultiplierSpace, Params
 from rank_search.study.whole_space import WholeSpaceSampler
@@ -37,7 +37,7 @@ class FittedSampler(WholeSpaceSampler):
     """Proposes the closed form with the multipliers that fit the losses measured so far, where that is worth most.
 
     A size is drawn by how much hypervolume a measurement there is expected to add; a trial that runs counts as a
-    measured one, with the loss that is expected of it. The multipliers are those of :func:`fitted_multipliers` at that
+    measured one, with the loss that is expected of it. The multipliers are those of :class:`MultiplierFit` at that
     size, and a little off them, which is what the next fit learns from.
 
     A proposal depends on the seed and on what was tried alone, and is no rank map of those.
@@ -71,9 +71,10 @@ class FittedSampler(WholeSpaceSampler):
         measured = _Measured.of(tried, self._rises)
         sizes = size_grid(allowed.low, allowed.high)
         gains = self._gains(measured, [one for one in tried if one.loss is None], sizes)
-        taken = {one.rank_map for one in tried}
+        fit, taken = self._fit(measured), {one.rank_map for one in tried}
         for _ in range(_TRIES):
-            params = self._drawn(measured, draw_size(sizes, gains, self._random))
+            kept = draw_size(sizes, gains, self._random)
+            params = self._drawn(kept, fit.at(kept), len(measured.losses))
             if self._space.decode(params) not in taken:
                 break
         return {name: params[name] for name in search_space}
@@ -88,14 +89,18 @@ class FittedSampler(WholeSpaceSampler):
             known.append((kept, float(np.interp(kept, sizes, expected))))
         return expected_gains(known, sizes, expected, spread, self._max_loss)
 
-    def _drawn(self, measured: _Measured, kept: float) -> Params:
-        terms, reach = self._space.terms, self._space.reach
+    def _fit(self, measured: _Measured) -> MultiplierFit:
+        terms = self._space.terms
         matrix = np.array(list(terms.values())).reshape(len(terms), len(self._space.allocator.space.shapes))
-        fitted = fitted_multipliers(
-            matrix, measured.rises, measured.closed, measured.kept, measured.losses, measured.spread, kept
+        return MultiplierFit(
+            matrix, measured.rises, measured.closed, measured.kept, measured.losses, measured.spread
         )  # fmt: skip
-        deviation = _DEVIATION * min(1.0, _TRYING / max(len(measured.losses), 1)) ** 0.5
-        values = np.clip(fitted + self._random.normal(0.0, deviation * reach, len(terms)), -reach, reach)
+
+    def _drawn(self, kept: float, multipliers: Floats, count: int) -> Params:
+        """Multipliers a little off those given, the less the more was measured."""
+        terms, reach = self._space.terms, self._space.reach
+        deviation = _DEVIATION * min(1.0, _TRYING / max(count, 1)) ** 0.5
+        values = np.clip(multipliers + self._random.normal(0.0, deviation * reach, len(terms)), -reach, reach)
         return {"kept": kept, "uniformity": 0.0, **dict(zip(terms, values.tolist(), strict=True))}
 
 

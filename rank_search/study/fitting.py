@@ -36,16 +36,14 @@ def nearness(rises: Floats, closed: Floats) -> Floats:
     """(n,), by how much rank maps count: 1 for the closed form, less the more predicted rise they have beyond it.
 
     Args:
-        rises, closed: as for :func:`fitted_multipliers`.
+        rises, closed: as for :class:`MultiplierFit`.
     """
     excess = _moved(rises, closed).sum(axis=1)
     near: Floats = np.exp(-np.maximum(excess, 0.0) / _FAR)
     return near
 
 
-def fitted_multipliers(
-    terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats, spread: Floats, at: float
-) -> Floats:
+class MultiplierFit:
     """What multiplier every term would have if each layer's predicted rise were scaled to fit measured losses.
 
     To first order around the closed form, a rank map's loss is a smooth function of its size plus the slope of the loss
@@ -62,25 +60,35 @@ def fitted_multipliers(
         kept: (n,), kept fractions of the target layers.
         losses: (n,), measured, nats per token.
         spread: (n,), by how much losses of about that size scatter; what scatters less says more.
-        at: kept fraction for which the multipliers are wanted; rank maps of about that size count most.
-
-    Returns:
-        (t,), multipliers; all 0 where fewer than :data:`LEAST` losses are known.
     """
-    if len(losses) < LEAST or not len(terms):
-        return np.zeros(len(terms))
-    moved, weights = _moved(rises, closed), nearness(rises, closed)
-    slopes = _slopes(_totals(closed), losses, weights)
-    design = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
-    others = np.eye(len(losses)) - _smoother(kept, weights)
-    x, y = others @ design, others @ losses
-    middle = float(np.median(spread)) + 1e-12
-    sure = (middle / np.maximum(spread, _SUREST * middle)) ** 2
-    near = weights * np.exp(-0.5 * ((kept - at) / _REACH) ** 2)
-    off = _ridge(x, y - x[:, 0], near * sure, float(near.sum()))  # by how much h and v are off from 1 and 0
-    factors = np.clip(1 + off[1:] @ terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)
-    found: Floats = np.linalg.lstsq(terms.T, np.log(factors), rcond=None)[0]
-    return found
+
+    def __init__(
+        self, terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats, spread: Floats
+    ) -> None:
+        self._terms = terms
+        self._kept = kept
+        self._known = len(losses) >= LEAST and len(terms) > 0
+        if not self._known:
+            return
+        moved, self._weights = _moved(rises, closed), nearness(rises, closed)
+        slopes = _slopes(_totals(closed), losses, self._weights)
+        design = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
+        others = np.eye(len(losses)) - _smoother(kept, self._weights)
+        self._x, self._y = others @ design, others @ losses
+        middle = float(np.median(spread)) + 1e-12
+        self._sure: Floats = (middle / np.maximum(spread, _SUREST * middle)) ** 2
+
+    def at(self, kept: float) -> Floats:
+        """(t,), multipliers for a size, by what was measured of about that size above all; all 0 where fewer than
+        :data:`LEAST` losses are known."""
+        if not self._known:
+            return np.zeros(len(self._terms))
+        near = self._weights * np.exp(-0.5 * ((self._kept - kept) / _REACH) ** 2)
+        # By how much h and v are off from 1 and 0.
+        off = _ridge(self._x, self._y - self._x[:, 0], near * self._sure, float(near.sum()))
+        factors = np.clip(1 + off[1:] @ self._terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)
+        found: Floats = np.linalg.lstsq(self._terms.T, np.log(factors), rcond=None)[0]
+        return found
 
 
 def _totals(closed: Floats) -> Floats:
@@ -124,8 +132,8 @@ def _smoother(kept: Floats, weights: Floats) -> Floats:
 
 
 def _ridge(x: Floats, y: Floats, weights: Floats, count: float) -> Floats:
-    """Coefficients of the common factor and of every term; the residual's variance, of as good as ``count`` trials, sets
-    how far priors count."""
+    """Coefficients of the common factor and of every term; the residual's variance, of ``count`` trials, sets how far
+    priors count."""
     precision: Floats = np.array([_TRUST, *[_PRIOR] * (x.shape[1] - 1)]) ** -2
     squares: Floats = x.T @ (weights[:, None] * x)
     found: Floats = np.zeros(x.shape[1])

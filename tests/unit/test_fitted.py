@@ -11,7 +11,7 @@ import pytest
 from rank_search.allocation import Allocator, Floats
 from rank_search.errors import StudyFileError
 from rank_search.ranks import LayerShape, RankMap, RankSpace
-from rank_search.study.fitting import LEAST, fitted_multipliers
+from rank_search.study.fitting import LEAST, MultiplierFit
 from rank_search.study.samplers import check_sampler
 from rank_search.study.space import MultiplierSpace
 from rank_search.study.study import Study
@@ -45,7 +45,7 @@ def fitted(
         for maps in (rank_maps, [allocator.closed_form(fraction) for fraction in kept])
     )
     losses = np.array([loss(m) for m in rank_maps])
-    found: Floats = fitted_multipliers(terms, rises, closed, kept, losses, spread(kept), at)
+    found: Floats = MultiplierFit(terms, rises, closed, kept, losses, spread(kept)).at(at)
     return dict(zip(space.terms, found.tolist(), strict=True))
 
 
