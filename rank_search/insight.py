@@ -150,18 +150,14 @@ def profile(front: Sequence[FrontPoint], space: RankSpace) -> Profile:
     return Profile(tuple(space.shapes[k] for k in layers), tuple(point.trial for point in front), kept)
 
 
-def above_closed_form(points: Sequence[FrontPoint], closed_form: Sequence[FrontPoint]) -> dict[int, float]:
-    """Trial → its loss above that of the closed form at its size, interpolated between the study's own points of it;
-    trials outside of their sizes are left out."""
-    known = sorted({point.num_params: point.loss for point in closed_form}.items())
-    if len(known) < 2:
+def above_others(points: Sequence[FrontPoint]) -> dict[int, float]:
+    """Trial → its loss above what trials of its size have, by a cubic in the kept fraction through all."""
+    kept = np.array([point.measurement.kept_of_targets for point in points], float)
+    losses = np.array([point.loss for point in points], float)
+    if not len(points):
         return {}
-    sizes, losses = zip(*known, strict=True)
-    return {
-        point.trial: point.loss - float(np.interp(point.num_params, sizes, losses))
-        for point in points
-        if sizes[0] <= point.num_params <= sizes[-1]
-    }
+    rest = _without_size(kept, losses)
+    return {point.trial: float(above) for point, above in zip(points, rest, strict=True)}
 
 
 def _params(rank_map: RankMap, space: RankSpace) -> Floats:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, create_trial
 
 from rank_search.errors import InputError
 from rank_search.front import Front, FrontPoint
-from rank_search.insight import Agreement, Insight, above_closed_form, agreement, profile, tendencies
+from rank_search.insight import Agreement, Insight, above_others, agreement, profile, tendencies
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.search_spec import Sampler
 from rank_search.spec import LOSS_UNITS
@@ -41,13 +41,14 @@ def explain(database: str, name: str) -> Insight:
         raise InputError(f"the front of study {name!r} is empty, so there is nothing to explain; run the study first")
     points = _points(trials)
     closed_form = [point for point in points if point.source.startswith("closed form")]
+    sampled = [point for point in points if point.source in get_args(Sampler)]
     space = space_of(record)
     told = stored_trials(url, name)
     return Insight(
         study=name,
         trials=len(points),
         tendencies=tendencies(front, closed_form, space),
-        importances=importances(told, above_closed_form(points, closed_form)),
+        importances=importances(told, above_others(sampled)),
         agreements=(*_predictions(record, points, told), *_climbs(points, rungs)),
         profile=profile(Front.of(front), space),
         unit=LOSS_UNITS[record.spec.model.task],
@@ -60,21 +61,25 @@ def importances(trials: Iterable[FrozenTrial], above: Mapping[int, float]) -> di
     Args:
         trials: Optuna's. Seeds do not count: the parameters of some only stand near their rank maps, and the others
             are all at 0.
-        above: trial → its loss above the closed form's at its size.
+        above: trial → its loss above that of others of its size.
 
     Returns:
-        The largest share first; empty where there are no multipliers, or fewer than :data:`LEAST_TRIALS` trials.
+        The largest share first, of parameters that were varied; empty where there are no multipliers, or fewer than
+        :data:`LEAST_TRIALS` trials.
     """
+    sampled = [
+        trial for trial in trials if trial.user_attrs.get("source") in get_args(Sampler) and trial.number in above
+    ]
+    names = {name for trial in sampled for name in trial.params if name == "uniformity" or name.startswith("u.")}
+    varied = sorted(name for name in names if len({trial.params.get(name) for trial in sampled}) > 1)
+    if len(varied) < 2 or len(sampled) < LEAST_TRIALS:
+        return {}
     with quiet():
         study = optuna.create_study()
-        for trial in trials:
-            params = {key: value for key, value in trial.params.items() if key == "uniformity" or key.startswith("u.")}
-            sampled = trial.user_attrs.get("source") in get_args(Sampler)
-            if sampled and trial.number in above and len(params) > 1:
-                distributions = {key: trial.distributions[key] for key in params}
-                study.add_trial(create_trial(value=above[trial.number], params=params, distributions=distributions))
-        if len(study.get_trials(deepcopy=False)) < LEAST_TRIALS:
-            return {}
+        for trial in sampled:
+            params = {name: trial.params[name] for name in varied}
+            distributions = {name: trial.distributions[name] for name in varied}
+            study.add_trial(create_trial(value=above[trial.number], params=params, distributions=distributions))
         evaluator = PedAnovaImportanceEvaluator(target_quantile=_BEST)
         return {key: float(share) for key, share in get_param_importances(study, evaluator=evaluator).items()}
 

@@ -13,7 +13,7 @@ from rank_search.cli import run_command
 from rank_search.errors import InputError
 from rank_search.export.insight_figures import insight_figure
 from rank_search.front import Front, FrontPoint
-from rank_search.insight import agreement, profile, tendencies
+from rank_search.insight import above_others, agreement, profile, tendencies
 from rank_search.measurement import Fidelity
 from rank_search.ranks import RankMap
 from rank_search.study.study import Study
@@ -100,12 +100,27 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
+def test_trials_are_compared_with_those_of_their_size_wherever_the_ladder_ends() -> None:
+    allocator = make_allocator(layers=4)
+    points = []
+    for number, kept in enumerate(np.linspace(0.3, 0.95, 24)):
+        rank_map = allocator.closed_form(float(kept))
+        exact = allocator.space.kept_of_targets(rank_map)
+        loss = 3 + (1 - exact) ** 2 + (0.1 if number in (0, 12) else 0.0)
+        points.append(FrontPoint(number, rank_map, measure(rank_map, loss, allocator=allocator), "fitted"))
+    above = above_others(points)
+    assert len(above) == 24
+    assert sorted(above, key=above.__getitem__)[-2:] in ([0, 12], [12, 0])
+    assert above_others([]) == {}
+
+
 def test_a_study_explains_itself(database: str) -> None:
     found = api.explain("tiny", storage=database)
     assert found.trials == 40
     change = {g: sum(t.difference for t in found.tendencies if t.group == g) for g in ("attn", "mlp")}
     assert change["attn"] > 0 > change["mlp"]
-    assert set(found.importances) == {"uniformity", "u.attn", "u.mlp", "u.depth.linear", "u.depth.quadratic"}
+    # What the sampler never varies, as the default leaves the blend with uniform ranks, has no part in it.
+    assert set(found.importances) == {"u.attn", "u.mlp", "u.depth.linear", "u.depth.quadratic"}
     assert sum(found.importances.values()) == pytest.approx(1)
     assert [a.label for a in found.agreements] == ["predicted"]
     assert found.agreements[0].spearman > 0.7
