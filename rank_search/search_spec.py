@@ -49,10 +49,10 @@ class SearchSpec(Table):
     """Largest kept fraction of the target layers that is proposed."""
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
     """Kept fractions of the target layers whose rank maps by all of `seeds` are measured first."""
-    seeds: tuple[Allocation, ...] = ("closed-form",)
-    """Allocations: the closed form, `uniform` (to see what it is worth beside it), and the rules of published methods
-    on the study's own factors. `asvd` and `bolaco` score many rank maps for it, once a study; `bolaco` needs the `gp`
-    extra."""
+    seeds: tuple[Allocation, ...] = ("closed-form", "uniform")
+    """Allocations: the closed form, `uniform` (which shows what the closed form is worth), and the rules of published
+    methods on the study's own factors. `asvd` and `bolaco` score many rank maps for it, once a study; `bolaco` needs
+    the `gp` extra."""
     multiplier_range: Annotated[float, Field(gt=0, le=20)] = 0.5
     """Multipliers u are searched in ± this; a predicted rise is scaled by exp(u)."""
     fidelities: tuple[Literal["predicted", "sliced", "tuned"], ...] | None = None

@@ -84,7 +84,7 @@ def write_study(model_folders: Callable[[str], Path]) -> StudyFactory:
             },
             "factors": {},
             "finetune": {"steps": 2, "batch_blocks": 4},
-            "search": {"trials": 4, "ladder": [0.8, 0.5], "seeds": ["closed-form", "uniform"]},
+            "search": {"trials": 4, "ladder": [0.8, 0.5]},
             "run": {"device": "cpu", "threads": 1},
             "validation": {},
         }  # fmt: skip

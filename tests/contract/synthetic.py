@@ -52,9 +52,7 @@ def make_facts(allocator: Allocator, **changes: Any) -> StudyFacts:
 
 
 def make_spec(name: str = "tiny", run: dict[str, Any] | None = None, **search: Any) -> StudySpec:
-    """A study file with the given ``[search]`` and ``[run]`` tables, for the made-up model's storage form; two seeds at
-    every kept fraction of its ladder."""
-    search = {"seeds": ["closed-form", "uniform"], **search}
+    """A study file with the given ``[search]`` and ``[run]`` tables, for the made-up model's storage form."""
     targets = {"storage": make_allocator().space.storage}
     tables = {
         "name": name, "model": {"source": "models/tiny"}, "targets": targets, "search": search, "run": run or {},
