@@ -152,10 +152,10 @@ def profile(front: Sequence[FrontPoint], space: RankSpace) -> Profile:
 
 def above_others(points: Sequence[FrontPoint]) -> dict[int, float]:
     """Trial → its loss above what trials of its size have, by a cubic in the kept fraction through all."""
-    kept = np.array([point.measurement.kept_of_targets for point in points], float)
-    losses = np.array([point.loss for point in points], float)
-    if not len(points):
+    if not points:
         return {}
+    kept = np.array([point.measurement.kept_of_targets for point in points])
+    losses = np.array([point.loss for point in points])
     rest = _without_size(kept, losses)
     return {point.trial: float(above) for point, above in zip(points, rest, strict=True)}
 

@@ -23,6 +23,7 @@ from _bench import peak_memory, print_table, write_report
 from _run import run_script
 
 from rank_search.compress.low_rank import compressed
+from rank_search.factors.bank import TrialBanks
 from rank_search.factors.decompose import Factors
 from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared, prepare
@@ -136,8 +137,7 @@ def _train_nested(
     """In the range that holds ``kept``."""
     search, least = prepared.spec.search, prepared.space.min_params / prepared.space.dense_params
     ranges = kept_ranges(search, spec.nested_ranges, least)
-    served = next((one for one in ranges if kept <= one[1]), ranges[-1])
-    drawn = trained_range(served)
+    drawn = trained_range(ranges[TrialBanks.place([high for _, high in ranges], kept)])
     nested_finetune(
         prepared.model, prepared.targets, factors,
         sampled_rank_maps(prepared.allocator, search, drawn), examples, spec.at(sum(drawn) / 2, prepared.space.storage),

@@ -52,13 +52,8 @@ def _variants(prepared: Prepared) -> Iterator[tuple[str, str, float, RankMap, Fi
         yield "closed form", "none", kept, rank_map, untrained
         if finetune.mode == "nested":
             sliced = finetune.model_copy(update={"steps": 0, "tokens": None})
-            yield (
-                "closed form",
-                f"nested, {finetune.nested_ranges} × {finetune.nested_steps} steps",
-                kept,
-                rank_map,
-                sliced,
-            )
+            trained = f"nested, {finetune.nested_ranges} × {finetune.nested_steps} steps"
+            yield "closed form", trained, kept, rank_map, sliced
         if own:
             after = "nested, then " if finetune.mode == "nested" else ""
             yield "closed form", f"{after}{finetune.train}, {own} steps", kept, rank_map, finetune

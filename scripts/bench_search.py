@@ -156,7 +156,8 @@ class Bench:
         trials = self.file.trials(run)
         competitor.restore([Told(self._rank_map(t), t["loss"], t["num_params"], t["state"]) for t in trials])
         nested = run[0] == "nested-ladder"
-        evaluator = Evaluator(self._sliced()) if nested else self._tuning(run[1])
+        prepared = self._sliced() if nested else self._prepared
+        evaluator = Evaluator(prepared) if nested else self._tuning(run[1])
         spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=nested)
         self._end_if_spent(run, spent)
         number = len(trials)
@@ -165,10 +166,8 @@ class Bench:
             rank_map = competitor.propose()
             if competitor.factors == "svd":
                 evaluator = self._tuning(run[1], svd=True)
-            loss, confirmed, uncounted = self._measure(
-                evaluator, rank_map, self._sliced() if nested else self._prepared
-            )
-            told = Told(rank_map, loss, self._prepared.space.num_params(rank_map))
+            loss, confirmed, uncounted = self._measure(evaluator, rank_map, prepared)
+            told = Told(rank_map, loss, prepared.space.num_params(rank_map))
             state = competitor.tell(told)
             spent += self._clock() - started - uncounted
             more = {"state": state, "confirmed": _round(confirmed)}
@@ -223,8 +222,10 @@ class Bench:
     def _search_study(self, run: Run, deadline: float) -> None:
         spec = self._study_spec(run)
         nested = spec.finetune.mode == "nested"
-        made = self._sliced() if nested else self._unsliced()
-        prepared = dataclasses.replace(made, study=StudyFile(spec=spec, folder=self._study.folder))
+        made = self._sliced() if nested else self._prepared
+        banks = made.trial_banks if nested else TrialBanks.single(made.bank)
+        file = StudyFile(spec=spec, folder=self._study.folder)
+        prepared = dataclasses.replace(made, study=file, trial_banks=banks)
         trials = self.file.trials(run)
         database = Path(f"{self._rows.resolve().with_suffix('')}.{spec.name}.db")
         if trials and not database.exists():
@@ -296,7 +297,7 @@ class Bench:
 
     def _tuning(self, seed: int, *, svd: bool = False) -> Evaluator:
         """Fine-tunes every rank map for the protocol's steps: on the bank, or on plain SVD made now."""
-        prepared = self._unsliced()
+        prepared = self._prepared
         spec = prepared.spec
         finetune = spec.finetune.model_copy(update={"mode": "own", "steps": self.protocol.steps, "tokens": None})
         search = spec.search.model_copy(update={"seed": spec.search.seed + seed})
@@ -324,10 +325,6 @@ class Bench:
                 self.file.add({"preparation": {"nested": seconds["nested"]}})
             self._nested = _seeing(prepared, self.protocol.score_blocks)
         return self._nested
-
-    def _unsliced(self) -> Prepared:
-        """The study on the factor bank as it is."""
-        return dataclasses.replace(self._prepared, trial_banks=TrialBanks.single(self._prepared.bank))
 
     def _confirmed_loss(self, prepared: Prepared) -> float | None:
         """Of the model as it stands; None where it is not finite."""

@@ -59,17 +59,15 @@ def importances(trials: Iterable[FrozenTrial], above: Mapping[int, float]) -> di
     """Parameter → its share in what makes a trial good for its size, by PED-ANOVA (Watanabe, Bansal and Hutter, 2023).
 
     Args:
-        trials: Optuna's. Seeds do not count: the parameters of some only stand near their rank maps, and the others
-            are all at 0.
-        above: trial → its loss above that of others of its size.
+        trials: Optuna's.
+        above: trial → its loss above that of others of its size. Of sampled ones alone: the parameters of some seeds
+            only stand near their rank maps, and the others are all at 0.
 
     Returns:
         The largest share first, of parameters that were varied; empty where there are no multipliers, or fewer than
         :data:`LEAST_TRIALS` trials.
     """
-    sampled = [
-        trial for trial in trials if trial.user_attrs.get("source") in get_args(Sampler) and trial.number in above
-    ]
+    sampled = [trial for trial in trials if trial.number in above]
     names = {name for trial in sampled for name in trial.params if name == "uniformity" or name.startswith("u.")}
     varied = sorted(name for name in names if len({trial.params.get(name) for trial in sampled}) > 1)
     if len(varied) < 2 or len(sampled) < LEAST_TRIALS:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from rank_search.allocation import Floats
 from rank_search.study.evidence import Tried
 from rank_search.study.fitting import MultiplierFit, nearness
-from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
+from rank_search.study.sizes import LossCurve, draw_size, size_gains, size_grid
 from rank_search.study.space import MultiplierSpace, Params
 from rank_search.study.whole_space import WholeSpaceSampler
 
@@ -70,31 +70,21 @@ class FittedSampler(WholeSpaceSampler):
         tried = self._tried()
         measured = _Measured.of(tried, self._rises)
         sizes = size_grid(allowed.low, allowed.high)
-        gains = self._gains(measured, [one for one in tried if one.loss is None], sizes)
+        running = [self._rises.kept_of(one) for one in tried if one.loss is None]
+        gains = size_gains(measured.curve, sizes, running, self._max_loss)
         fit, taken = self._fit(measured), {one.rank_map for one in tried}
         for _ in range(_TRIES):
             kept = draw_size(sizes, gains, self._random)
-            params = self._drawn(kept, fit.at(kept), len(measured.losses))
+            params = self._drawn(kept, fit.at(kept), len(measured.curve.kept))
             if self._space.decode(params) not in taken:
                 break
         return {name: params[name] for name in search_space}
 
-    def _gains(self, measured: _Measured, running: Sequence[Tried], sizes: Floats) -> Floats:
-        """What a measurement at each of the sizes is expected to add to the front."""
-        if not len(measured.losses):
-            return np.ones(len(sizes))
-        expected, spread = expected_losses(measured.kept, measured.losses, measured.weights, sizes)
-        known = list(zip(measured.kept.tolist(), measured.losses.tolist(), strict=True))
-        for kept in map(self._rises.kept_of, running):
-            known.append((kept, float(np.interp(kept, sizes, expected))))
-        return expected_gains(known, sizes, expected, spread, self._max_loss)
-
     def _fit(self, measured: _Measured) -> MultiplierFit:
-        terms = self._space.terms
+        terms, curve = self._space.terms, measured.curve
         matrix = np.array(list(terms.values())).reshape(len(terms), len(self._space.allocator.space.shapes))
-        return MultiplierFit(
-            matrix, measured.rises, measured.closed, measured.kept, measured.losses, measured.spread
-        )  # fmt: skip
+        spread = curve.at(curve.kept)[1] if len(curve.kept) else curve.kept
+        return MultiplierFit(matrix, measured.rises, measured.closed, curve.kept, curve.losses, spread)
 
     def _drawn(self, kept: float, multipliers: Floats, count: int) -> Params:
         """Multipliers a little off those given, the less the more was measured."""
@@ -110,17 +100,12 @@ class _Measured:
 
     Attributes:
         rises, closed: (n, layers), predicted rises, and those of the closed form at the same sizes.
-        kept, losses: (n,).
-        weights: (n,), by how much each tells which loss to expect at its size.
-        spread: (n,), by how much losses scatter there.
+        curve: of the losses, of which those near the closed form tell most.
     """
 
     rises: Floats
     closed: Floats
-    kept: Floats
-    losses: Floats
-    weights: Floats
-    spread: Floats
+    curve: LossCurve
 
     @classmethod
     def of(cls, tried: Sequence[Tried], rises: Rises) -> _Measured:
@@ -128,9 +113,7 @@ class _Measured:
         measured = [one for one in tried if one.loss is not None]
         kept, losses = (np.array([getattr(one, name) for one in measured], float) for name in ("kept", "loss"))
         known, closed = rises.of(measured)
-        weights = nearness(known, closed) + _UNLIKE
-        spread = expected_losses(kept, losses, weights, kept)[1] if measured else kept
-        return cls(known, closed, kept, losses, weights, spread)
+        return cls(known, closed, LossCurve(kept, losses, nearness(known, closed) + _UNLIKE))
 
 
 class Rises:

@@ -12,11 +12,10 @@ from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from rank_search.allocation import Floats
 from rank_search.ranks import RankMap
 from rank_search.study.bounded import is_feasible
 from rank_search.study.moves import Moves
-from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
+from rank_search.study.sizes import LossCurve, draw_size, size_gains, size_grid
 from rank_search.study.space import SearchSpace
 from rank_search.study.whole_space import WholeSpaceSampler
 
@@ -115,21 +114,14 @@ class MutationSampler(WholeSpaceSampler):
 
     def _proposal(self, parents: list[Parent], taken: set[str], allowed: FloatDistribution) -> RankMap:
         sizes = size_grid(allowed.low, allowed.high)
-        gains = self._gains(parents, sizes)
+        kept = np.array([self._kept_by(parent.params) for parent in parents])
+        losses = np.array([parent.loss for parent in parents])
+        gains = size_gains(LossCurve(kept, losses, np.ones(len(parents))), sizes)
         for _ in range(_TRIES):
             child = self._child(parents, draw_size(sizes, gains, self._random))
             if rank_map_text(child) not in taken:
                 break
         return child
-
-    def _gains(self, parents: Sequence[Parent], sizes: Floats) -> Floats:
-        """What a measurement at each of the sizes is expected to add to the front."""
-        if not parents:
-            return np.ones(len(sizes))
-        kept = np.array([self._kept_by(parent.params) for parent in parents])
-        losses = np.array([parent.loss for parent in parents])
-        expected, spread = expected_losses(kept, losses, np.ones(len(parents)), sizes)
-        return expected_gains(list(zip(kept.tolist(), losses.tolist(), strict=True)), sizes, expected, spread)
 
     def _child(self, parents: Sequence[Parent], kept: float) -> RankMap:
         random, moves = self._random, self._moves

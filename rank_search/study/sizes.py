@@ -22,24 +22,42 @@ _POWER = 4
 """Of the gain, by which sizes are drawn: nearly always one of the best, but not the same by all workers."""
 
 
-def expected_losses(kept: Floats, losses: Floats, weights: Floats, sizes: Floats) -> tuple[Floats, Floats]:
-    """Loss that the next measurement at a size is expected to have, and by how much that may be off.
+class LossCurve:
+    """Which loss to expect at a size, and by how much that may be off.
 
     A line through the nearest measurements for the one, the residuals of such lines for the other.
 
     Args:
-        kept, losses, weights: (n,), of what was measured; n at least 1.
-        sizes: (s,), kept fractions.
-
-    Returns:
-        (s,) and (s,), nats per token.
+        kept, losses, weights: (n,), of what was measured.
     """
-    own = _shares(kept, weights, kept)
-    # As if every measurement were not there for its own line.
-    left_out = (losses - own @ losses) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
-    near = _kernel(kept, weights, sizes, _SPREAD_NEIGHBOURS)
-    variance = near @ left_out**2 / near.sum(axis=1)
-    return _shares(kept, weights, sizes) @ losses, np.sqrt(variance)
+
+    def __init__(self, kept: Floats, losses: Floats, weights: Floats) -> None:
+        self.kept = kept
+        self.losses = losses
+        self._weights = weights
+        own = _shares(kept, weights, kept) if len(kept) else np.zeros((0, 0))
+        # As if every measurement were not there for its own line.
+        self._left_out = (losses - own @ losses) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
+
+    def at(self, sizes: Floats) -> tuple[Floats, Floats]:
+        """(s,) and (s,), nats per token, at kept fractions (s,); something must have been measured."""
+        near = _kernel(self.kept, self._weights, sizes, _SPREAD_NEIGHBOURS)
+        variance = near @ self._left_out**2 / near.sum(axis=1)
+        return _shares(self.kept, self._weights, sizes) @ self.losses, np.sqrt(variance)
+
+
+def size_gains(curve: LossCurve, sizes: Floats, running: Sequence[float] = (), max_loss: float | None = None) -> Floats:
+    """What :func:`expected_gains` says after the measurements of a curve; the same everywhere where there are none.
+
+    Args:
+        running: kept fractions of what is being measured: as if it had come out as expected.
+    """
+    if not len(curve.kept):
+        return np.ones(len(sizes))
+    expected, spread = curve.at(sizes)
+    known = list(zip(curve.kept.tolist(), curve.losses.tolist(), strict=True))
+    known += [(kept, float(np.interp(kept, sizes, expected))) for kept in running]
+    return expected_gains(known, sizes, expected, spread, max_loss)
 
 
 def expected_gains(

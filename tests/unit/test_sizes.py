@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rank_search.study.sizes import draw_size, expected_gains, expected_losses, size_grid
+from rank_search.study.sizes import LossCurve, draw_size, expected_gains, size_grid
 
 SIZES = size_grid(0.3, 0.9)
 EXACT = np.full(len(SIZES), 1e-6)
@@ -57,7 +57,7 @@ def test_where_measurements_scatter_another_one_is_worth_more() -> None:
 
 def test_the_loss_at_a_size_is_that_of_its_neighbours_on_a_line() -> None:
     kept = np.array([0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.9])
-    expected, spread = expected_losses(kept, 4 - kept, np.ones(7), SIZES)
+    expected, spread = LossCurve(kept, 4 - kept, np.ones(7)).at(SIZES)
     assert expected == pytest.approx(4 - SIZES, abs=5e-3)
     assert spread == pytest.approx(0, abs=5e-3)
 
@@ -66,10 +66,10 @@ def test_what_counts_little_moves_it_little_and_scatter_is_seen_where_it_is() ->
     random = np.random.default_rng(0)
     kept = np.linspace(0.3, 0.9, 80)
     losses = 4 - kept + random.normal(0, np.where(kept < 0.6, 0.02, 0.002))
-    of_these = expected_losses(kept, losses, np.ones(80), SIZES)
-    with_poor = expected_losses(
-        np.append(kept, [0.4, 0.7]), np.append(losses, [4.6, 4.3]), np.append(np.ones(80), [1e-3, 1e-3]), SIZES
-    )
+    of_these = LossCurve(kept, losses, np.ones(80)).at(SIZES)
+    with_poor = LossCurve(
+        np.append(kept, [0.4, 0.7]), np.append(losses, [4.6, 4.3]), np.append(np.ones(80), [1e-3, 1e-3])
+    ).at(SIZES)
     assert np.abs(with_poor[0] - of_these[0]).max() < 0.005
     small, large = (of_these[1][SIZES < 0.5], of_these[1][SIZES > 0.7])
     assert 0.01 < small.mean() < 0.04
@@ -77,7 +77,7 @@ def test_what_counts_little_moves_it_little_and_scatter_is_seen_where_it_is() ->
 
 
 def test_one_measurement_is_enough_to_go_on_from() -> None:
-    expected, spread = expected_losses(np.array([0.5]), np.array([3.0]), np.array([1.0]), SIZES)
+    expected, spread = LossCurve(np.array([0.5]), np.array([3.0]), np.array([1.0])).at(SIZES)
     assert expected == pytest.approx(3.0)
     gains = expected_gains([(0.5, 3.0)], SIZES, expected, spread)
     assert 0.3 <= draw_size(SIZES, gains, np.random.default_rng(0)) <= 0.9
