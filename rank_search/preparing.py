@@ -32,7 +32,7 @@ from rank_search.ranks import RankMap, RankSpace
 from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, shared_steps, trained_range
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, shared_steps
 
 
 @dataclass(frozen=True)
@@ -206,14 +206,14 @@ def _nested_banks(
     remote = _remote(spec, progress)
 
     def finetune_of(number: int) -> FinetuneSpec:
-        at = spec.finetune.at(sum(trained_range(ranges[number])) / 2, space.storage)
+        at = spec.finetune.at(sum(ranges[number]) / 2, space.storage)
         return at.model_copy(update={"nested_steps": steps[number]})
 
     def key_of(number: int) -> BankKey:
         told = {
             "finetune": finetune_of(number).model_dump(exclude={"steps", "tokens", "nested_ranges"}),
             "search": spec.search.model_dump(include={"seed", "multiplier_range"}),
-            "range": trained_range(ranges[number]),
+            "range": ranges[number],
             "train": splits.train_digest,
             # The rank maps of the steps leave these as they are, and have ranks of these multiples.
             **({"frozen": space.frozen} if space.frozen else {}),
@@ -224,13 +224,13 @@ def _nested_banks(
 
     def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
         low, high = ranges[number]
-        drawn, finetune, key = trained_range(ranges[number]), finetune_of(number), key_of(number)
+        finetune, key = finetune_of(number), key_of(number)
 
-        def build() -> dict[str, Factors]:
+        def build() -> Mapping[str, Factors]:
             progress.say(f"nested fine-tune {number + 1} of {len(ranges)}: kept fractions {low:.2f} to {high:.2f}")
             return in_halves_if_needed(
                 lambda parts: nested_finetune(
-                    loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, drawn),
+                    loaded.model, targets, factors, sampled_rank_maps(allocator, spec.search, (low, high)),
                     examples, finetune, seed=spec.search.seed, progress=progress, parts=parts, checkpoint=checkpoint,
                 ),
                 finetune.batch_blocks,

@@ -196,7 +196,7 @@ class FinetuneSpec(Table):
 
     mode: Literal["own", "nested"] = "own"
     """Every trial is fine-tuned on its own, or the bank's factors once for all trials, which then slice them."""
-    nested_steps: Positive = 120
+    nested_steps: Positive = 128
     """Optimiser steps of a range's nested fine-tune in the mean of all, each under another rank map."""
     nested_ranges: Annotated[int, Field(ge=1, le=32)] = 5
     """Ranges of kept fractions, from `search.min_kept` to `search.max_kept`, with a nested fine-tune each."""

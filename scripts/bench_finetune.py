@@ -32,7 +32,7 @@ from rank_search.spec import FinetuneSpec, load_study_file
 from rank_search.task import Examples
 from rank_search.train.capture import EAGER_STEPS
 from rank_search.train.finetune import finetune
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, trained_range
+from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
 
 FEW = EAGER_STEPS + 2
 
@@ -137,7 +137,7 @@ def _train_nested(
     """In the range that holds ``kept``."""
     search, least = prepared.spec.search, prepared.space.min_params / prepared.space.dense_params
     ranges = kept_ranges(search, spec.nested_ranges, least)
-    drawn = trained_range(ranges[TrialBanks.place([high for _, high in ranges], kept)])
+    drawn = ranges[TrialBanks.place([high for _, high in ranges], kept)]
     nested_finetune(
         prepared.model, prepared.targets, factors,
         sampled_rank_maps(prepared.allocator, search, drawn), examples, spec.at(sum(drawn) / 2, prepared.space.storage),

@@ -58,9 +58,10 @@ class NestedLinear(nn.Module):
 
     def trained(self, before: Factors) -> Factors:
         """The factors as they are now; the singular values are those of ``before``."""
-        out, inn = before.out.clone(), before.inn.clone()
-        out[: self._largest] = self.outer.detach().T[: self._largest].float().cpu()
-        inn[: self._largest] = self.inner.detach()[: self._largest].float().cpu()
+        out, inn = (
+            torch.cat((part[: self._largest].float().to(untrained.device), untrained[self._largest :]))
+            for part, untrained in ((self.outer.detach().T, before.out), (self.inner.detach(), before.inn))
+        )
         return Factors(out, inn, before.sigma)
 
     @property

@@ -8,8 +8,8 @@ the rest are replays of the recording. A model whose step cannot be recorded run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,15 +20,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rank_search.task import Batch
 
-EAGER_STEPS = 2
-"""Before the recording: libraries choose their algorithms and allocate their workspaces in the first steps."""
+EAGER_STEPS = 1
+"""Before the recording: the optimiser makes its state and libraries allocate their workspaces in the first step."""
 
-_WATCHED = "rank-search-watched"
-_UNMASKED = "rank-search-unmasked"
+_OWN = "rank-search"
+"""Torch's own attention, under a name of its own for the sake of its mask."""
 
 
 class CapturedStep:
-    """Runs ``step`` on every batch, from the fourth on as the replay of a recording.
+    """Runs ``step`` on every batch, from the third on as the replay of a recording.
 
     ``step`` must do the same work on the same tensors every time, must not wait for the device, and must leave no
     gradients behind that the next step adds to. What it reads from outside has to be a tensor whose content, not
@@ -51,7 +51,7 @@ class CapturedStep:
         self._refused = False
         self._batch: dict[str, Tensor] = {}
         self._loss: Tensor | None = None
-        self._watch = _Watch()
+        self._masks = _Masks()
 
     def __call__(self, batch: Batch) -> Float[Tensor, ""]:
         """Do one step; returns its loss, which the next step may overwrite."""
@@ -73,28 +73,17 @@ class CapturedStep:
     def _eager(self, batch: Batch) -> Tensor:
         # On a stream of its own, as a recording is, so that both use the same workspaces.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), self._watching() if self._done == 1 else self._as_recorded():
+        with torch.cuda.stream(self._stream), self._masks.watched(), _own_attention(self._model, self._masks):
             loss = self._step(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        # Nothing is compiled in it: the watched attention is not the one of later steps.
-        with torch.compiler.set_stance("force_eager"), _attention(self._model, _WATCHED), self._watch:
-            yield
-
-    def _as_recorded(self) -> AbstractContextManager[None]:
-        # Where the first step needed no explicit mask, the recorded one must not build one: transformers cannot look
-        # at positions while it records, and would take them for packed sequences.
-        return _attention(self._model, None if self._watch.masked else _UNMASKED)
 
     def _record(self, batch: Batch) -> None:
         self._batch = {name: tensor.clone() for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with self._as_recorded(), torch.cuda.graph(graph, stream=self._stream):
+            with _own_attention(self._model, self._masks), torch.cuda.graph(graph, stream=self._stream):
                 self._loss = self._step(self._batch)
         except RuntimeError as error:  # of the driver: an operation that waits for the device, or may not be recorded
             self._refused = True
@@ -104,52 +93,63 @@ class CapturedStep:
         self._graph = graph
 
 
-class _Watch:
-    """Notes whether any attention was given an explicit mask."""
+class _Masks:
+    """Builds an explicit attention mask only where the first step needed one.
 
-    _active: _Watch | None = None
+    transformers cannot look at positions while a step is recorded: it would take them for packed sequences, and build
+    a mask that none of the other steps has.
+    """
+
+    current: ClassVar[_Masks | None] = None
 
     def __init__(self) -> None:
-        self.masked = False
+        self._is_watching = False
+        self._needed = False
 
-    def __enter__(self) -> None:
-        _Watch._active = self
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block masks are built as they are needed, and noted."""
+        self._is_watching = True
+        try:
+            yield
+        finally:
+            self._is_watching = False
 
-    def __exit__(self, *_: object) -> None:
-        _Watch._active = None
-
-    @classmethod
-    def note(cls, mask: Tensor | None) -> None:
-        """Called by every watched attention."""
-        if cls._active is not None and mask is not None:
-            cls._active.masked = True
-
-
-def _watched_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
-) -> Any:
-    _Watch.note(attention_mask)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    def build(self, *args: Any, **arguments: Any) -> Tensor | None:
+        """As transformers' own builder for torch's attention."""
+        if not self._is_watching and not self._needed:
+            return None
+        mask: Tensor | None = sdpa_mask(*args, **arguments)
+        self._needed = self._needed or mask is not None
+        return mask
 
 
-# The second has no mask function of its own, which transformers takes for: no mask.
-AttentionInterface.register(_WATCHED, _watched_attention)
-AttentionMaskInterface.register(_WATCHED, sdpa_mask)
-AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+def _mask(*args: Any, **arguments: Any) -> Tensor | None:
+    assert _Masks.current is not None
+    return _Masks.current.build(*args, **arguments)
+
+
+AttentionInterface.register(_OWN, sdpa_attention_forward)
+AttentionMaskInterface.register(_OWN, _mask)
 
 
 @contextmanager
-def _attention(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Another attention implementation inside the block, for models that use torch's own; None changes nothing."""
-    if name is None or not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
+def _own_attention(model: nn.Module, masks: _Masks) -> Iterator[None]:
+    """``masks`` decides inside the block, for models that use torch's own attention.
+
+    All steps run under one name, since what is compiled for one is compiled anew for another.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
         yield
         return
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     changed = [config for config in configs.values() if config._attn_implementation == "sdpa"]
     for config in changed:
-        config._attn_implementation = {"": name}  # of this one alone, not of the configurations inside it
+        config._attn_implementation = {"": _OWN}  # of this one alone, not of the configurations inside it
+    _Masks.current = masks
     try:
         yield
     finally:
+        _Masks.current = None
         for config in changed:
             config._attn_implementation = {"": "sdpa"}

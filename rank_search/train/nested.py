@@ -6,7 +6,8 @@ trained in every step and those of large ranks in few (after slimmable networks:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -28,10 +29,6 @@ from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoint
 from rank_search.train.finetune import Group, factor_groups, fused_if_worth_it, train_steps
 
-LIFT = 0.1
-"""Of its width, by how much a range is trained above where it serves: within a range the small kept fractions fare
-better than the large ones, whose last factors take part in few steps."""
-
 
 def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
     """Ranges of kept fractions, ascending, each as many times larger than the one before; none reaches below
@@ -41,18 +38,12 @@ def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[floa
     return list(pairwise(ends))
 
 
-def trained_range(served: tuple[float, float]) -> tuple[float, float]:
-    """The kept fractions that the fine-tune of a range draws its rank maps from."""
-    low, high = served
-    lift = LIFT * (high - low)
-    return min(low + lift, 1.0), min(high + lift, 1.0)
-
-
 def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
-    """Steps of every range's fine-tune, ``mean`` of them on average: more where more is removed, for what has lost more
-    takes longer to mend, in proportion to 2 + the share of the target layers that the middle of the range lacks."""
-    weights = np.array([3 - (low + high) / 2 for low, high in ranges])
-    return [max(1, round(steps)) for steps in (mean * weights / weights.mean()).tolist()]
+    """Steps of every range's fine-tune, about ``mean`` of them on average, to two digits: more where more is removed,
+    for what has lost more takes longer to mend, in proportion to 3 + the share of the target layers that the middle of
+    the range lacks."""
+    weights = np.array([4 - (low + high) / 2 for low, high in ranges])
+    return [max(1, round(float(f"{steps:.2g}"))) for steps in (mean * weights / weights.mean()).tolist()]
 
 
 def sampled_rank_maps(
@@ -62,10 +53,11 @@ def sampled_rank_maps(
     that the search might propose between them."""
     low, high = kept_range
     groups = sorted({shape.group for shape in allocator.space.shapes})
+    closed_form = cache(allocator.closed_form)
 
     def draw(index: int) -> RankMap:
         if index % 4 in (0, 2):
-            return allocator.closed_form(low if index % 4 == 0 else high)
+            return closed_form(low if index % 4 == 0 else high)
         random = np.random.default_rng((search.seed, index))
         kept, uniformity = random.uniform(low, high), random.random() ** 3
         u = dict(zip(groups, random.uniform(-1, 1, len(groups)) * search.multiplier_range, strict=True))
@@ -86,10 +78,11 @@ def nested_finetune(
     progress: Progress = SILENT,
     parts: int = 1,
     checkpoint: Checkpoint | None = None,
-) -> dict[str, Factors]:
+) -> Mapping[str, Factors]:
     """Train the factors for ``spec.nested_steps`` steps, each under the rank map of its index.
 
-    Factors that none of the rank maps asks for come back as they are.
+    Factors that none of the rank maps asks for come back as they are. Those that were trained stay where they are and
+    are copied to the host's memory, or wherever the untrained ones lie, whenever they are asked for.
 
     The model is the same dense model afterwards. Singular values are handed through: predicted rises stay those of the
     untrained factors. ``parts`` and ``checkpoint``: as for :func:`finetune`.
@@ -138,9 +131,25 @@ def nested_finetune(
         raise NonFiniteLossError(
             f"the nested fine-tune's loss was not finite in {worst} of {steps} steps; lower finetune.learning_rate"
         )
-    return {
-        name: layers[name].trained(untrained) if name in layers else untrained for name, untrained in factors.items()
-    }
+    return _Trained(factors, layers)
+
+
+class _Trained(Mapping[str, Factors]):
+    """Copies of trained factors, made one layer at a time: a bank is written without another whole one in memory."""
+
+    def __init__(self, untrained: Mapping[str, Factors], layers: Mapping[str, NestedLinear]) -> None:
+        self._untrained = untrained
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> Factors:
+        untrained = self._untrained[name]
+        return self._layers[name].trained(untrained) if name in self._layers else untrained
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._untrained)
+
+    def __len__(self) -> int:
+        return len(self._untrained)
 
 
 def _groups(
