@@ -118,7 +118,7 @@ def run(
     from rank_search.worker import stop_reason, work
 
     prepared = prepare_study(
-        pinned, progress=progress, check=lambda space, _: check_range(file.spec.search, space),
+        pinned, progress=progress, nested=False, check=lambda space, _: check_range(file.spec.search, space),
         turn=Turns.of(url, file.spec.run.lease_seconds, patience),
     )  # fmt: skip
     asked = patience.keep_trying(lambda: given_seeds(file.spec, url, prepared.allocator), CrowdedError)

@@ -65,7 +65,7 @@ def apply_rank_map(
         spec=_recipe(file, model, finetune, device, trust_remote_code=trust_remote_code), folder=path.parent
     )
     prepared = prepare(
-        study, progress=progress, nested=file.rank_map,
+        study, progress=progress, nested=False,
         check=lambda space, weights_digest: file.check_fits(space.shapes, weights_digest),
         check_text=lambda splits: _check_calibration(file, splits.calibration_digest),
     )  # fmt: skip

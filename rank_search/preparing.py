@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,7 +27,7 @@ from rank_search.model.load import LoadedModel, load_model
 from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices
 from rank_search.progress import SILENT, Progress
-from rank_search.ranks import RankMap, RankSpace
+from rank_search.ranks import RankSpace
 from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
@@ -46,7 +45,7 @@ class PrepareTimes:
     bank: float
     """Of opening the bank and, where it was built, of writing it."""
     nested: float
-    """Of the nested fine-tune, or of finding it made."""
+    """Of the nested fine-tune, or of finding it made; 0 where that waits until it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,16 @@ def prepare(
     study: StudyFile,
     *,
     progress: Progress = SILENT,
-    nested: bool | RankMap = True,
+    nested: bool = True,
     check: Callable[[RankSpace, str], object] = lambda _space, _weights_digest: None,
     check_text: Callable[[Splits], object] = lambda _splits: None,
     turn: Turn | None = None,
 ) -> Prepared:
     """Load the model, find its target layers, cut the text into blocks, and open or build the factor bank.
 
-    In nested mode the banks of its ranges are made, too: all, the one of a rank map, or (False) none, which allocations
-    do not need. ``check`` may refuse the rank space or the digest of the weights, ``check_text`` the blocks, before
-    anything is computed or written. ``turn`` has the workers of several hosts build a bank once; without it, those of
-    this host do.
+    In nested mode the banks of all its ranges are made, too, or (``nested=False``) each when it is first asked for.
+    ``check`` may refuse the rank space or the digest of the weights, ``check_text`` the blocks, before anything is
+    computed or written. ``turn`` has the workers of several hosts build a bank once; without it, those of this host do.
 
     Raises:
         InputError: what the study file asks for is not there or does not fit together.
@@ -130,10 +128,11 @@ def prepare(
     bank = _bank(study, loaded, targets, space, splits, times, progress, turn)
     bank_at = time.perf_counter()
     trial_banks, nested_seconds = TrialBanks.single(bank), 0.0
-    if nested is not False and spec.finetune.mode == "nested":
-        only = None if nested is True else space.kept_of_targets(nested)
-        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn, only)
-        nested_seconds = time.perf_counter() - bank_at
+    if spec.finetune.mode == "nested":
+        trial_banks = _nested_banks(study, loaded, targets, space, splits, bank, progress, turn)
+        if nested:
+            _ = trial_banks.banks
+            nested_seconds = time.perf_counter() - bank_at
     return Prepared(
         study, loaded, devices[0], targets, space, splits, bank, trial_banks, times.decomposition > 0,
         PrepareTimes(
@@ -182,18 +181,14 @@ def _remote(spec: StudySpec, progress: Progress) -> RemoteBanks | None:
     return None if spec.run.bank_url is None else RemoteBanks(spec.run.bank_url, progress)
 
 
-class _TakenByAnotherError(Exception):
-    """Another process is making this bank now."""
-
-
 def _nested_banks(
     study: StudyFile, loaded: LoadedModel, targets: Sequence[Target], space: RankSpace, splits: Splits,
-    bank: FactorBank, progress: Progress, turn: Turn | None, only: float | None = None,
+    bank: FactorBank, progress: Progress, turn: Turn | None,
 ) -> TrialBanks:  # fmt: skip
-    """Open the banks of the study's nested fine-tune, or train them; that of the kept fraction ``only``, if given.
+    """The banks of the study's nested fine-tune, each of which is opened, or trained, when it is first asked for.
 
     Ranges are trained apart from each other: what is finished stays when the rest is interrupted, and processes that
-    start together (one a GPU, say) take one each.
+    measure models of several sizes at once (one a GPU, say) train several at once.
     """
     spec = study.spec
     allocator = Allocator(space, bank.tails())
@@ -222,7 +217,7 @@ def _nested_banks(
         tuned = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         return dataclasses.replace(bank.key, tuned=tuned)
 
-    def make(number: int, on_wait: Callable[[], object]) -> FactorBank:
+    def make(number: int) -> FactorBank:
         low, high = ranges[number]
         finetune, key = finetune_of(number), key_of(number)
 
@@ -238,24 +233,12 @@ def _nested_banks(
             )  # fmt: skip
 
         checkpoint = checkpoints.of(bank=key.digest)
-        tuned_bank = open_or_build(study.work_dir, key, build, bank.made, on_wait, turn, remote)
+        tuned_bank = open_or_build(study.work_dir, key, build, bank.made, tell, turn, remote)
         if checkpoint is not None:
             checkpoint.remove()
         return tuned_bank
 
-    def leave() -> None:
-        raise _TakenByAnotherError
-
-    tops = tuple(high for _, high in ranges)
-    wanted = range(len(ranges)) if only is None else (TrialBanks.place(tops, only),)
-    made: dict[int, FactorBank] = {}
-    for number in wanted:
-        with suppress(_TakenByAnotherError):  # those that nobody makes now come first
-            made[number] = make(number, leave)
-
     def tell() -> None:
         progress.say("another process is making a nested fine-tune; waiting")
 
-    banks = tuple(made[number] if number in made else make(number, tell) for number in wanted)
-    keys = [key_of(number) for number in range(len(ranges))]
-    return TrialBanks.of(banks, tops if only is None else [1.0], keys)
+    return TrialBanks([high for _, high in ranges], [key_of(number) for number in range(len(ranges))], make)

@@ -88,6 +88,15 @@ class Evaluator:
         blocks = sum(len(validation) for _, validation in self._rounds())
         return make_rungs(search.fidelities, search.sliced_tokens, self._top, blocks, self._train.sequence_length)
 
+    def make_ready(self, rank_map: RankMap) -> None:
+        """In nested mode, see that the factors of its range are trained, which may take as long as many trials.
+
+        Raises:
+            NonFiniteLossError: the training loss became NaN or infinite.
+            BankError: the bank cannot be written or fetched, or is damaged.
+        """
+        self._factors_at(self._prepared.space.kept_of_targets(rank_map))
+
     def climb(
         self, rank_map: RankMap, known: int = 0, progress: Progress = SILENT
     ) -> Generator[Measurement, None, None]:
@@ -182,7 +191,7 @@ class Evaluator:
             rank_map=rank_map.digest,
             finetune=spec.finetune.model_dump(mode="json"),
             seed=spec.search.seed,
-            bank=self._prepared.trial_banks.at(kept).key.digest,
+            bank=self._prepared.trial_banks.key_at(kept).digest,
             train=splits.train_digest,
             fold=[number, len(self._held_out)],
         )

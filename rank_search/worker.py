@@ -84,6 +84,7 @@ def work(
         except ExhaustedError as error:
             stop = str(error)
             break
+        _make_ready(study, evaluator, proposal)
         outcome = _measure(study, evaluator, proposal, progress)
         on_outcome(outcome)
         reasons = [*reasons, outcome.reason or ""] if outcome.state is State.FAILED else []
@@ -123,6 +124,23 @@ def _left(effort: Effort, trials: int | None, rules: StopRules) -> int:
     return left
 
 
+def _make_ready(study: Study, evaluator: Evaluator, proposal: Proposal) -> None:
+    """What many trials share is no trial's fault: where it cannot be made, the trial is given back."""
+    try:
+        evaluator.make_ready(proposal.rank_map)
+    except (StorageError, OutOfPatienceError):
+        raise
+    except Exception as error:
+        _give_back_if_device_lost(study, proposal, error)
+        study.requeue(proposal)
+        if is_out_of_memory(error):
+            raise TrialError(_out_of_memory(error)) from None
+        raise
+    except BaseException:
+        study.requeue(proposal)
+        raise
+
+
 def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Progress) -> Outcome:
     try:
         outcome = _climb(study, evaluator, proposal, progress)
@@ -136,10 +154,7 @@ def _measure(study: Study, evaluator: Evaluator, proposal: Proposal, progress: P
     except Exception as error:
         if is_out_of_memory(error):
             return _failed(study, evaluator, proposal, _out_of_memory(error))
-        if _is_device_lost(error):
-            reason = f"the GPU failed under it ({one_line(error)})"
-            study.requeue(proposal, death=reason)
-            raise DeviceLostError(f"trial {proposal.number}: {reason}; another process must go on") from None
+        _give_back_if_device_lost(study, proposal, error)
         # A defect: the trial ends, so that resuming the study does not run into it again, and the traceback is shown.
         _failed(study, evaluator, proposal, f"{type(error).__name__}: {error}")
         raise
@@ -165,6 +180,13 @@ def _climb(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Pro
             if rung < top and not study.report(proposal, rung, measurement):
                 return Outcome(proposal, measurement, None, State.PRUNED, seconds)
     return Outcome(proposal, measurement, None, study.tell(proposal, measurement, top), seconds)
+
+
+def _give_back_if_device_lost(study: Study, proposal: Proposal, error: Exception) -> None:
+    if _is_device_lost(error):
+        reason = f"the GPU failed under it ({one_line(error)})"
+        study.requeue(proposal, death=reason)
+        raise DeviceLostError(f"trial {proposal.number}: {reason}; another process must go on") from None
 
 
 def _is_device_lost(error: Exception) -> bool:

@@ -35,6 +35,10 @@ class Laps:
         self._started = now
         return self._spent
 
+    def add(self, seconds: float) -> None:
+        """Count what was spent before."""
+        self._spent += seconds
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """What happens inside the block is not counted."""

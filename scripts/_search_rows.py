@@ -93,9 +93,10 @@ class RecordFile:
         """The run's study has stopped by itself."""
         return any("ended" in r and (r["competitor"], r["seed"]) == run for r in self.records)
 
-    def preparation(self) -> Mapping[str, float]:
-        """Seconds of making the factor bank and the nested fine-tunes, so far as they are known."""
-        known: dict[str, float] = {}
+    def preparation(self) -> Mapping[str, Any]:
+        """Seconds of making the factor bank (`bank`) and the nested fine-tune of every range (`nested`, by its bank's
+        key), so far as they are known."""
+        known: dict[str, Any] = {}
         for record in self.records:
             known |= record.get("preparation", {})
         return known

@@ -20,7 +20,8 @@ Competitors:
 Whatever is not sliced is fine-tuned for --steps. The validation blocks are cut in two: competitors see --score-blocks
 of them, and their fronts are compared on --confirm-blocks others: of every front the points that it holds for the best
 at --budgets sizes. Every trial's model is scored on these as well, while it stands. That costs a competitor nothing;
-sampling, storing, fine-tuning, scoring and what it shares with others (the factor bank, the nested fine-tunes) do.
+sampling, storing, fine-tuning, scoring and what it shares with others do: the factor bank before the first trial, the
+nested fine-tune of a range of sizes with the first trial in it.
 Seeds draw the sampling and the order of the training blocks; nested fine-tunes are those of the study's own seed.
 GPU-seconds are those that pass; on a CPU, which other processes may share, they are the processor time of this process.
 
@@ -50,6 +51,7 @@ from pathlib import Path
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
 from _laps import Clock, Laps, PieceEndedError
+from _ranges import Ranges, seconds_of_ranges
 from _run import run_script
 from _search_rows import Protocol, Record, RecordFile, Run, merged, report
 
@@ -99,7 +101,7 @@ class Bench:
         self._study = study
         self._is_warm = False
         self._nested: Prepared | None = None
-        prepared = prepare(study)
+        prepared = prepare(study, nested=False)
         if prepared.splits.folds:
             raise InputError("validation.folds leaves no validation blocks to compare on; leave it out")
         validation, seen, unseen = prepared.splits.validation, args.score_blocks, args.confirm_blocks
@@ -126,7 +128,7 @@ class Bench:
         self.file = RecordFile(self._rows, self.protocol, environment(prepared.device))
         if not self.file.preparation():
             with tempfile.TemporaryDirectory() as folder:  # where nothing is found, but all is made
-                self.file.add({"preparation": _made_in(Path(folder), study, self._clock)[1]})
+                self.file.add({"preparation": {"bank": _seconds_of_bank(Path(folder), study, self._clock)}})
 
     def is_done(self, run: Run) -> bool:
         """A run has had its GPU-seconds, or its study has stopped by itself."""
@@ -158,7 +160,8 @@ class Bench:
         nested = run[0] == "nested-ladder"
         prepared = self._sliced() if nested else self._prepared
         evaluator = Evaluator(prepared) if nested else self._tuning(run[1])
-        spent = trials[-1]["gpu_seconds"] if trials else self._start(competitor.factors == "bank", nested=nested)
+        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=competitor.factors == "bank")
         self._end_if_spent(run, spent)
         number = len(trials)
         while spent < self.protocol.gpu_seconds and time.monotonic() < deadline:
@@ -169,7 +172,7 @@ class Bench:
             loss, confirmed, uncounted = self._measure(evaluator, rank_map, prepared)
             told = Told(rank_map, loss, prepared.space.num_params(rank_map))
             state = competitor.tell(told)
-            spent += self._clock() - started - uncounted
+            spent += self._clock() - started - uncounted + ranges.seconds_of_first(rank_map)
             more = {"state": state, "confirmed": _round(confirmed)}
             self._add(run, number, spent, rank_map, loss, "sliced" if nested else "tuned", more)
             number += 1
@@ -238,8 +241,9 @@ class Bench:
             rules = Allocations.of(prepared)
             given = {seed: rules.rank_map(seed.allocation, seed.kept) for seed in asked}
         study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
-        spent = trials[-1]["gpu_seconds"] if trials else self._start(True, nested=nested)
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=True)
         self._end_if_spent(run, spent)
+        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
         clock = Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
         confirmed: dict[str, float | None] = {}
 
@@ -250,6 +254,7 @@ class Bench:
 
         def keep(outcome: Outcome) -> None:
             measured, number = outcome.measurement, outcome.proposal.number
+            clock.add(ranges.seconds_of_first(outcome.proposal.rank_map))
             loss = None if measured is None else measured.loss
             fidelity = "predicted" if measured is None else measured.fidelity.label
             self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, confirmed)
@@ -285,8 +290,7 @@ class Bench:
         tables["search"] |= {"seed": tables["search"]["seed"] + seed, "trials": 10**9}
         if tables["search"]["fidelities"] is not None:
             # A study that climbs has to know its end, to promote what is left before it.
-            counted = self.protocol.gpu_seconds - self._start(True, nested=tables["finetune"]["mode"] == "nested")
-            tables["search"]["gpu_seconds"] = _SEARCHED * counted
+            tables["search"]["gpu_seconds"] = _SEARCHED * (self.protocol.gpu_seconds - self._start(bank=True))
         if tables["finetune"]["mode"] == "own":
             tables["finetune"] |= {"steps": self.protocol.steps, "tokens": None}
         plain = "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -310,19 +314,18 @@ class Bench:
 
     def _sliced(self) -> Prepared:
         """The study with nested fine-tunes, of which trials are slices; made, and their seconds kept, at first."""
-        if self._study.spec.finetune.mode == "nested":
-            return self._prepared
         if self._nested is None:
             tables = self._study.spec.model_dump(mode="json")
-            tables["finetune"] |= {"mode": "nested", "steps": None, "tokens": None}
+            if tables["finetune"]["mode"] != "nested":
+                tables["finetune"] |= {"mode": "nested", "steps": None, "tokens": None}
             study = StudyFile(spec=parse_study(tables, where="the nested study"), folder=self._study.folder)
             folder = self._rows.with_suffix(".nested").resolve()  # found there by later calls on the same machine
             is_counted = bool(self.file.preparation().get("nested"))
             if not is_counted:
                 shutil.rmtree(folder, ignore_errors=True)  # what is found costs nothing
-            prepared, seconds = _made_in(folder, study, self._clock)
+            prepared = prepare(with_work_dir(study, folder), nested=False)
             if not is_counted:
-                self.file.add({"preparation": {"nested": seconds["nested"]}})
+                self.file.add({"preparation": {"nested": seconds_of_ranges(prepared, self._clock)}})
             self._nested = _seeing(prepared, self.protocol.score_blocks)
         return self._nested
 
@@ -333,12 +336,9 @@ class Bench:
         except NonFiniteLossError:
             return None
 
-    def _start(self, bank: bool, *, nested: bool) -> float:
+    def _start(self, *, bank: bool) -> float:
         """GPU-seconds spent before the first trial."""
-        if nested:
-            self._sliced()
-        told = self.file.preparation()
-        return (told["bank"] if bank else 0.0) + (told["nested"] if nested else 0.0)
+        return self.file.preparation()["bank"] if bank else 0.0
 
     def _end_if_spent(self, run: Run, spent: float) -> None:
         """A run whose preparation alone takes its GPU-seconds has no trials."""
@@ -367,13 +367,12 @@ class Bench:
         )
 
 
-def _made_in(folder: Path, study: StudyFile, clock: Clock) -> tuple[Prepared, dict[str, float]]:
-    """A study prepared in a folder, and the seconds of its bank and of its nested fine-tunes."""
+def _seconds_of_bank(folder: Path, study: StudyFile, clock: Clock) -> float:
+    """Of the factor bank, made in a folder."""
     passed, counted = time.perf_counter(), clock()
-    prepared = prepare(with_work_dir(study, folder))
-    share, times = (clock() - counted) / (time.perf_counter() - passed), prepared.times
-    bank = times.statistics + times.decomposition + times.bank
-    return prepared, {"bank": round(share * bank, 3), "nested": round(share * times.nested, 3)}
+    times = prepare(with_work_dir(study, folder), nested=False).times
+    share = (clock() - counted) / (time.perf_counter() - passed)
+    return round(share * (times.statistics + times.decomposition + times.bank), 3)
 
 
 def _seeing(prepared: Prepared, blocks: int) -> Prepared:

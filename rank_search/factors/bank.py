@@ -134,33 +134,51 @@ class FactorBank:
         }
 
 
-@dataclass(frozen=True)
 class TrialBanks:
     """What trials slice: one bank, or banks for ranges of kept fractions (of the target layers).
 
-    ``tops`` are the upper ends of the ranges, ascending; ``digest`` is of the keys of all banks of the study, which are
-    more where only those that are needed were opened.
+    A range's bank is opened, or made, when it is first asked for.
+
+    Args:
+        tops: the upper ends of the ranges, ascending.
+        keys: those of their banks.
+        open_or_make: gives the bank of the range of this number.
     """
 
-    banks: tuple[FactorBank, ...]
-    tops: tuple[float, ...]
-    digest: str
+    def __init__(self, tops: Sequence[float], keys: Sequence[BankKey], open_or_make: Callable[[int], FactorBank]):
+        self._tops = tuple(tops)
+        self._keys = tuple(keys)
+        self._open_or_make = open_or_make
+        self._open: dict[int, FactorBank] = {}
 
     @classmethod
     def single(cls, bank: FactorBank) -> TrialBanks:
         """One bank for all rank maps."""
-        return cls.of([bank], [1.0])
+        return cls([1.0], [bank.key], lambda _: bank)
 
-    @classmethod
-    def of(cls, banks: Sequence[FactorBank], tops: Sequence[float], keys: Sequence[BankKey] = ()) -> TrialBanks:
-        """Banks for ranges, of a study that has those of ``keys``, or no others. A single bank's digest is its own."""
-        digests = [key.digest for key in keys or [bank.key for bank in banks]]
-        digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        return cls(tuple(banks), tuple(tops), digest)
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the keys of all banks; a single bank's is its own."""
+        digests = [key.digest for key in self._keys]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def banks(self) -> tuple[FactorBank, ...]:
+        """All banks, by range; those that are not there are made."""
+        return tuple(self._bank(number) for number in range(len(self._keys)))
 
     def at(self, kept: float) -> FactorBank:
-        """The bank whose range holds ``kept``; outside of all, the nearest."""
-        return self.banks[self.place(self.tops, kept)]
+        """The bank whose range holds ``kept``, made if it is not there; outside of all, the nearest."""
+        return self._bank(self.place(self._tops, kept))
+
+    def key_at(self, kept: float) -> BankKey:
+        """The key of the bank :meth:`at` ``kept``, which need not be there."""
+        return self._keys[self.place(self._tops, kept)]
+
+    def _bank(self, number: int) -> FactorBank:
+        if number not in self._open:
+            self._open[number] = self._open_or_make(number)
+        return self._open[number]
 
     @staticmethod
     def place(tops: Sequence[float], kept: float) -> int:

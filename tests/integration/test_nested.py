@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import rank_search as rs
 from rank_search.compress.nested_linear import NestedLinear
-from rank_search.errors import NonFiniteLossError
+from rank_search.errors import NonFiniteLossError, TrialError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
 from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
@@ -139,11 +140,9 @@ def test_multiples_of_ranks_share_the_bank_but_not_the_nested_fine_tune(
     assert not ours & theirs
 
 
-def test_one_rank_map_needs_the_fine_tune_of_its_range_alone(
-    prepared: Prepared, tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rank_map = prepared.allocator.closed_form(0.9)
-    path = tiny_study(finetune=NESTED, run={"work_dir": "other"})
+@pytest.fixture
+def fine_tunes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The nested fine-tunes that were made, so far."""
     made: list[object] = []
 
     def counted(*arguments: Any, **keywords: Any) -> object:
@@ -151,10 +150,48 @@ def test_one_rank_map_needs_the_fine_tune_of_its_range_alone(
         return nested_finetune(*arguments, **keywords)
 
     monkeypatch.setattr("rank_search.preparing.nested_finetune", counted)
-    alone = prepare(load_study_file(path), nested=rank_map)
-    assert len(made) == 1
-    measured = Evaluator(alone).measure(rank_map)
-    assert measured.loss == Evaluator(prepared).measure(rank_map).loss
+    return made
+
+
+def test_a_range_is_trained_when_a_rank_map_asks_for_it(
+    prepared: Prepared, tiny_study: StudyFactory, fine_tunes: list[object]
+) -> None:
+    path = tiny_study(finetune=NESTED, run={"work_dir": "other"})
+    late = prepare(load_study_file(path), nested=False)
+    assert late.trial_banks.digest == prepared.trial_banks.digest
+    assert fine_tunes == []
+    evaluator = Evaluator(late)
+    for kept, trained in ((0.9, 1), (0.85, 1), (0.4, 2), (0.9, 2)):
+        rank_map = prepared.allocator.closed_form(kept)
+        assert evaluator.measure(rank_map).loss == Evaluator(prepared).measure(rank_map).loss
+        assert len(fine_tunes) == trained
+
+
+def test_a_trial_whose_range_cannot_be_trained_is_proposed_again(
+    tiny_study: StudyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_study(finetune=NESTED, search={"ladder": [0.9, 0.4], "seeds": ["closed-form"]})
+
+    def failing(error: BaseException) -> Callable[..., None]:
+        def fails(*_args: object, **_keywords: object) -> None:
+            raise error
+
+        return fails
+
+    errors = (
+        (NonFiniteLossError("not finite; lower finetune.learning_rate"), NonFiniteLossError),
+        (torch.OutOfMemoryError("CUDA out of memory"), TrialError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    )
+    for error, told in errors:
+        with monkeypatch.context() as broken:
+            broken.setattr("rank_search.preparing.nested_finetune", failing(error))
+            with pytest.raises(told):
+                rs.run(path, trials=2)
+        assert rs.front(path).points == ()
+    rs.run(path, trials=2)
+    status = rs.status(path)
+    assert (status.complete, status.failed, status.requeued) == (2, 0, len(errors))
 
 
 def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
