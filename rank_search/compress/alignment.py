@@ -36,16 +36,17 @@ def aligned(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     changed = [layer for layer in layers if aligned_rank(layer.rank, layer.inner.weight.device) != layer.rank]
     for layer in changed:
-        rank = aligned_rank(layer.rank, layer.inner.weight.device)
-        _set_factors(layer, padded(layer.inner.weight, rank), padded(layer.outer.weight.T, rank).T)
+        more = aligned_rank(layer.rank, layer.inner.weight.device) - layer.rank
+        _set_factors(layer, F.pad(layer.inner.weight, (0, 0, 0, more)), F.pad(layer.outer.weight, (0, more)))
     try:
         yield
     finally:
         for layer in changed:
-            _set_factors(layer, layer.inner.weight[: layer.rank], layer.outer.weight[:, : layer.rank])
+            inner, outer = layer.factors
+            _set_factors(layer, inner[: layer.rank].clone(), outer[:, : layer.rank].contiguous())
 
 
 def _set_factors(layer: LowRankLinear, inner: Tensor, outer: Tensor) -> None:
     for linear, weight in ((layer.inner, inner), (layer.outer, outer)):
         requires_grad = linear.weight.requires_grad
-        linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=requires_grad)
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=requires_grad)

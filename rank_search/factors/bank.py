@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -91,7 +92,7 @@ class BankKey:
         """The key as plain data, without later fields that change nothing: banks of before keep their names."""
         return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the key's JSON form."""
         return hashlib.sha256(json.dumps(self.told(), sort_keys=True).encode()).hexdigest()
