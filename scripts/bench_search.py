@@ -15,7 +15,7 @@ Competitors:
     ladder                 the closed form alone, at more and more budgets
     nested-ladder          the closed form alone, sliced from nested fine-tunes
     study                  the study file as it is; `study:sampler=mutation:space=direct` changes keys of its [search],
-                           and `study:finetune.mode=nested` slices from nested fine-tunes
+                           and `study:finetune.mode=own` fine-tunes every trial, `=nested` slices from nested fine-tunes
 
 Whatever is not sliced is fine-tuned for --steps. The validation blocks are cut in two: competitors see --score-blocks
 of them, and their fronts are compared on --confirm-blocks others: of every front the points that it holds for the best
@@ -30,10 +30,12 @@ Where --rows is a folder, calls of other competitors or seeds have files of thei
 once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled;
 nested fine-tunes count what is compiled for them.
 
-Sizes for SmolLM2-135M on an H200, where the bank takes 10 s and a trial of 30 steps 2.6: 300 s a run.
-One process a GPU with a file of rows each, called again until all runs are done; seconds of a shared GPU are others.
+Sizes for SmolLM2-135M on an H200, where the bank takes 9 s, five nested ranges about 40, a trial of 30 steps 2 and a
+sliced one 0.3: 200 s a run. One process a GPU with a file of rows each, called again until all runs are done; seconds
+of a shared GPU are others. Processes whose idle threads spin slow each other: export GOMP_SPINCOUNT=3000, as the command
+line does, and a few OMP_NUM_THREADS.
 
-    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 300
+    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 200
         --steps 30 --score-blocks 32 --confirm-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]
 """
 
