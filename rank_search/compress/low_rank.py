@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,8 +43,11 @@ class LowRankLinear(nn.Module):
     def of(cls, factors: Factors, rank: int, target: Target) -> LowRankLinear:
         """A copy of the first ``rank`` factors, beside the dense layer's own bias."""
         weight = weight_matrix(target.module)
-        inner = factors.inn[:rank].to(weight.device, weight.dtype, copy=True)
-        outer = factors.out[:rank].T.to(weight.device, weight.dtype, copy=True).contiguous()
+        # Copied into place at once: what is transposed first is copied twice.
+        inner, outer = (
+            torch.empty(rows.shape, dtype=weight.dtype, device=weight.device).copy_(rows)
+            for rows in (factors.inn[:rank], factors.out[:rank].T)
+        )
         return cls(inner, outer, target.bias)
 
     @property
