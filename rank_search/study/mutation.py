@@ -73,6 +73,7 @@ class MutationSampler(WholeSpaceSampler):
         moves: on the space's layers.
         seed: of this proposal.
         keep: told the trial and its rank map.
+        max_loss: above it a measurement is worth nothing.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class MutationSampler(WholeSpaceSampler):
         moves: Moves,
         seed: int,
         keep: Callable[[FrozenTrial, RankMap], None],
+        max_loss: float | None = None,
     ) -> None:
         super().__init__(space)
         self._space = space
@@ -88,6 +90,7 @@ class MutationSampler(WholeSpaceSampler):
         self._moves = moves
         self._random = np.random.default_rng(seed)
         self._keep = keep
+        self._max_loss = max_loss
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -96,7 +99,8 @@ class MutationSampler(WholeSpaceSampler):
         allowed = search_space["kept"]
         assert isinstance(allowed, FloatDistribution)
         trials = study.get_trials(deepcopy=False)
-        rank_map = self._proposal(good_parents(trials), self._taken(trials), allowed)
+        running = [t.params["kept"] for t in trials if t.state is TrialState.RUNNING and "kept" in t.params]
+        rank_map = self._proposal(good_parents(trials), self._taken(trials), running, allowed)
         self._keep(trial, rank_map)
         kept = self._allocator.space.kept_of_targets(rank_map)
         return {**dict.fromkeys(search_space, 0.0), "kept": min(max(kept, allowed.low), allowed.high)}
@@ -112,11 +116,13 @@ class MutationSampler(WholeSpaceSampler):
                 found.add(rank_map_text(self._space.decode(params)))
         return found
 
-    def _proposal(self, parents: list[Parent], taken: set[str], allowed: FloatDistribution) -> RankMap:
+    def _proposal(
+        self, parents: list[Parent], taken: set[str], running: Sequence[float], allowed: FloatDistribution
+    ) -> RankMap:
         sizes = size_grid(allowed.low, allowed.high)
         kept = np.array([self._kept_by(parent.params) for parent in parents])
         losses = np.array([parent.loss for parent in parents])
-        gains = size_gains(LossCurve(kept, losses, np.ones(len(parents))), sizes)
+        gains = size_gains(LossCurve(kept, losses, np.ones(len(parents))), sizes, running, self._max_loss)
         for _ in range(_TRIES):
             child = self._child(parents, draw_size(sizes, gains, self._random))
             if rank_map_text(child) not in taken:

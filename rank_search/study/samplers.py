@@ -190,4 +190,4 @@ class SeededSampler(BaseSampler):
             case "random":
                 return RandomSampler(seed=seed)
             case "mutation":
-                return MutationSampler(self._space, self._moves, seed, self._keep)
+                return MutationSampler(self._space, self._moves, seed, self._keep, self._search.max_loss)

@@ -118,6 +118,15 @@ def test_waiting_and_running_rank_maps_are_not_proposed_again(tmp_path: Path) ->
     assert len(set(asked)) == 24
 
 
+def test_sizes_that_cannot_meet_the_largest_loss_are_left_alone(tmp_path: Path) -> None:
+    allocator = make_allocator()
+    goal = measure(allocator.closed_form(0.55)).loss
+    study = open_mutation(f"sqlite:///{tmp_path}/s.db", max_loss=goal)
+    missed = [measure(proposal.rank_map).loss > goal for proposal in run_trials(study, 32)]
+    study.close()
+    assert sum(missed) < 16  # 24 where it is not known
+
+
 def test_an_interrupted_proposal_comes_again_whole(tmp_path: Path) -> None:
     study = open_mutation(f"sqlite:///{tmp_path}/s.db")
     run_trials(study, 5)
