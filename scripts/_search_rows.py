@@ -237,9 +237,11 @@ def overtakings(rows: Sequence[Row], competitor: str) -> list[str]:
             end, goal = max(found), found[max(found)]
             at = next((at for at, reached in own.items() if reached >= goal), None)
             when = "never" if at is None else f"by {at:g} of {end:g} s (1/{end / at:.3g})"
-            lines.append(
-                f"{competitor} has what {name} has at the end ({goal:.4f}) {when}; it ends {own[max(own)] - goal:+.4f}"
-            )
+            ends = f"ends {own[max(own)] - goal:+.4f}"
+            if goal == 0:  # any front has that much
+                lines.append(f"{name} has nothing at the end: no point that counts; {competitor} {ends}")
+            else:
+                lines.append(f"{competitor} has what {name} has at the end ({goal:.4f}) {when}; it {ends}")
     return lines
 
 

@@ -157,6 +157,9 @@ def test_a_search_is_told_by_when_it_had_what_others_end_with(monkeypatch: pytes
         "study has what svd-tpe has at the end (0.4500) by 5 of 100 s (1/20); it ends +0.3000",
         "study has what best has at the end (0.9500) never; it ends -0.2000",
     ]
+    nothing = [row | {"hypervolume": 0.0} for row in rows("svd-tpe", 0, 0, 0)]
+    (line,) = overtakings([*nothing, *rows("study", 0.4, 0.6, 0.7)], "study")
+    assert line == "svd-tpe has nothing at the end: no point that counts; study ends +0.7500"
     late = [row for row in rows("study", 0.9, 0.9, 0.9) if (row["seed"], row["gpu_seconds"]) != (1, 5.0)]
     (line,) = overtakings([*rows("svd-tpe", 0.1, 0.2, 0.4), *late], "study")
     assert "by 20 of 100 s" in line, "a checkpoint that one seed has not reached is none of the mean"
