@@ -199,8 +199,8 @@ class FinetuneSpec(Table):
     nested_steps: Positive = 128
     """Optimiser steps of a range's nested fine-tune in the mean of all, each under another rank map."""
     nested_ranges: Annotated[int, Field(ge=1, le=32)] = 5
-    """Ranges of kept fractions, from `search.min_kept` to `search.max_kept`, with a nested fine-tune each, which is made
-    when a trial first asks for it."""
+    """Ranges of kept fractions, from `search.min_kept` to `search.max_kept`, with a nested fine-tune each, made when a
+    trial first asks for it."""
     steps: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """Budget of a trial's own fine-tune in optimiser steps; where neither this nor ``tokens`` is given, 100, and 0 in
     nested mode. 0: no fine-tune of its own."""

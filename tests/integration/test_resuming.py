@@ -268,6 +268,28 @@ def test_an_interrupted_nested_fine_tune_makes_the_same_bank(
             assert torch.equal(ours[target.name].out, theirs[target.name].out)
 
 
+def test_a_trial_interrupted_in_the_nested_fine_tune_of_its_range_comes_again(
+    tiny_study: StudyFactory, tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
+) -> None:
+    tables: dict[str, dict[str, object]] = {
+        "finetune": {"mode": "nested", "nested_steps": STEPS, "nested_ranges": 2},
+        "search": {"ladder": [0.4, 0.9], "seeds": ["closed-form"]},
+    }
+    path = tiny_study(**tables)
+    with pytest.raises(Preempted):
+        rs.run(path, trials=2, progress=Interrupting(STEPS + 5, "nested fine-tune"))  # in the second range
+    before = rs.status(path)
+    assert (before.complete, before.requeued, before.failed, before.running) == (1, 1, 0, 0)
+    again = Interrupting()
+    rs.run(path, trials=2, progress=again)
+    after = rs.status(path)
+    assert (after.complete, after.requeued, after.failed) == (2, 1, 0)
+    assert any(line.startswith("going on from step") for line in again.said)
+    whole = write_study(tmp_path_factory.mktemp("whole"), **tables)
+    rs.run(whole, trials=2)
+    assert [point.loss for point in rs.front(path)] == [point.loss for point in rs.front(whole)]
+
+
 def test_after_kill_9_and_after_sigterm_the_next_process_goes_on_from_the_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, write_study: StudyFactory
 ) -> None:
