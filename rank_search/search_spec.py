@@ -34,7 +34,8 @@ class SearchSpec(Table):
     """A budget and multipliers by layer type and depth (`multipliers`) or for every layer type in every stretch of
     blocks (`groups`), or one rank a layer (`direct`)."""
     depth_buckets: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Stretches of blocks of the space `groups`; None: 4."""
+    """Stretches of blocks: those of the space `groups`, None: 4; or with a multiplier each beside those of the space
+    `multipliers`, None: without."""
     sampler: Sampler = "fitted"
     """`fitted`: where it is worth most, the closed form with multipliers fitted to measured losses; not over
     `space = "direct"`. `mutation`: good rank maps, changed by a few layers at a time; over `space = "direct"` alone.

@@ -10,6 +10,7 @@ form. The residual is 0.010 nats; the closed form's own prediction leaves 0.023.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,43 @@ from rank_search.study.facts import StudyFacts
 RECORDED = Path(__file__).resolve().parents[1] / "tests" / "data" / "surrogate_quickstart.json"
 
 
+class StandIn(ABC):
+    """Losses of rank maps, without the model.
+
+    Attributes:
+        allocator: of the predicted rises, as a study knows them.
+        noise: standard deviation of what a measurement is off by, the same for one rank map whenever it is measured.
+    """
+
+    allocator: Allocator
+    noise: float
+
+    @abstractmethod
+    def loss(self, rank_map: RankMap) -> float:
+        """Without noise, nats per token."""
+
+    def measure(self, rank_map: RankMap) -> Measurement:
+        """As a trial would, with noise."""
+        off = np.random.default_rng(int(rank_map.digest[:8], 16)).normal(0.0, self.noise)
+        space = self.allocator.space
+        return Measurement(
+            loss=self.loss(rank_map) + float(off), standard_error=0.01, num_params=space.num_params(rank_map),
+            target_params=space.target_params(rank_map), kept_of_targets=space.kept_of_targets(rank_map),
+            kept_of_model=space.kept_of_model(rank_map), fidelity=Fidelity.TUNED, tokens=14224,
+        )  # fmt: skip
+
+    @property
+    def facts(self) -> StudyFacts:
+        """What a study over it is of."""
+        space = self.allocator.space
+        return StudyFacts(
+            source="none", revision=None, weights_digest="", shapes=space.shapes, model_params=space.model_params,
+            calibration_digest="", bank="",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Surrogate:
+class Surrogate(StandIn):
     """Losses of rank maps.
 
     Attributes:
@@ -68,22 +104,3 @@ class Surrogate:
         log_rise = float(np.log(max(self.factors @ rises, 1e-12)))
         below = self.slope_below * min(log_rise - self.lowest, 0.0)
         return float(np.polyval(self.polynomial, max(log_rise, self.lowest))) + below + self.bend * excess
-
-    def measure(self, rank_map: RankMap) -> Measurement:
-        """As a trial would, with noise."""
-        off = np.random.default_rng(int(rank_map.digest[:8], 16)).normal(0.0, self.noise)
-        space = self.allocator.space
-        return Measurement(
-            loss=self.loss(rank_map) + float(off), standard_error=0.01, num_params=space.num_params(rank_map),
-            target_params=space.target_params(rank_map), kept_of_targets=space.kept_of_targets(rank_map),
-            kept_of_model=space.kept_of_model(rank_map), fidelity=Fidelity.TUNED, tokens=14224,
-        )  # fmt: skip
-
-    @property
-    def facts(self) -> StudyFacts:
-        """What a study over it is of."""
-        space = self.allocator.space
-        return StudyFacts(
-            source="none", revision=None, weights_digest="", shapes=space.shapes, model_params=space.model_params,
-            calibration_digest="", bank="",
-        )  # fmt: skip

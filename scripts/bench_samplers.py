@@ -1,13 +1,14 @@
 """Samplers, seeds and parallel workers, on losses of the quickstart's model that a stand-in gives in a millisecond.
 
     python scripts/bench_samplers.py [--samplers fitted,tpe,...] [--workers 1,8] [--trials 64] [--seeds 5]
-        [--seed-trials closed-form] [--off 1,0] [--json FILE]
+        [--seed-trials closed-form] [--off 1,0] [--sliced] [--json FILE]
 
-A sampler is one of `[search]`, with a space after a colon if it is not its usual one, or the bar: `ladder`, as many
-points of the closed form on a ladder that gets finer and finer. Trials go through the same calls as a worker's.
-``--workers 8`` are eight openings of one study in one SQLite file, whose trials take various times (log-normal, a third
-of their mean); whoever is free next asks next. ``--off`` scales what the closed form is off by: 1 as fitted to the
-recorded losses, 0 where it is right.
+A sampler is one of `[search]`, with a space after a colon if it is not its usual one, and `depth_buckets` after
+another, or the bar: `ladder`, as many points of the closed form on a ladder that gets finer and finer. Trials go
+through the same calls as a worker's. ``--workers 8`` are eight openings of one study in one SQLite file, whose trials
+take various times (log-normal, a third of their mean); whoever is free next asks next. ``--off`` scales what the closed
+form is off by: 1 as fitted to the recorded losses, 0 where it is right. ``--sliced``: instead on made-up losses of
+SmolLM2's shapes as sliced trials have them, which scatter less and are many; other ones for every seed.
 
 The hypervolume is that of :mod:`bench_search`: of the best points by measured loss within 100 budgets, at their loss
 without noise. ``repeated``: rank maps measured twice; ``seeds``: how often each seed ran. Rows of FILE that are not
@@ -29,7 +30,8 @@ import numpy as np
 from _competitors import budgets
 from _run import run_script
 from _search_rows import Protocol, hypervolume
-from _surrogate import Surrogate
+from _sliced import SlicedStandIn
+from _surrogate import StandIn, Surrogate
 from rich.console import Console
 from rich.table import Table
 
@@ -47,11 +49,13 @@ def main() -> None:
     args = _arguments()
     rows = []
     for off in args.off:
-        surrogate = Surrogate.recorded(off=off)
+        recorded = Surrogate.recorded(off=off)
         for sampler in args.samplers:
             for workers in args.workers if sampler != "ladder" else [1]:
-                for seed in range(args.seeds if sampler != "ladder" else 1):
+                for seed in range(args.seeds if args.sliced or sampler != "ladder" else 1):
+                    surrogate = SlicedStandIn(off, seed) if args.sliced else recorded
                     told = {
+                        **({"sliced": True} if args.sliced else {}),
                         "off": off, "sampler": sampler, "seed_trials": "+".join(args.seed_trials), "workers": workers,
                         "trials": args.trials, "seed": seed,
                     }  # fmt: skip
@@ -66,21 +70,22 @@ def main() -> None:
 
 
 def _key(row: dict[str, object]) -> tuple[object, ...]:
-    return tuple(row[name] for name in ("off", "sampler", "seed_trials", "workers", "trials", "seed"))
+    return tuple(row.get(name) for name in ("sliced", "off", "sampler", "seed_trials", "workers", "trials", "seed"))
 
 
 def study_spec(sampler: str, seed: int, seed_trials: list[str]) -> StudySpec:
     """A study by a sampler, over the space that it takes."""
-    name, _, space = sampler.partition(":")
+    name, space, buckets, *_ = [*sampler.split(":"), "", ""]
     search = {
         "sampler": name if name != "ladder" else "fitted",
         "space": space or ("direct" if name == "mutation" else "multipliers"),
         "seed": seed, "seeds": seed_trials, "trials": 10**9,
+        **({"depth_buckets": int(buckets)} if buckets else {}),
     }  # fmt: skip
     return parse_study({"name": "stand-in", "model": {"source": "none"}, "search": search}, where="bench")
 
 
-def run(surrogate: Surrogate, spec: StudySpec, sampler: str, workers: int, trials: int) -> dict[str, object]:
+def run(surrogate: StandIn, spec: StudySpec, sampler: str, workers: int, trials: int) -> dict[str, object]:
     """Measure so many rank maps; tell what came of it."""
     if sampler == "ladder":
         kept = islice(budgets(spec.search), trials)
@@ -99,7 +104,7 @@ def run(surrogate: Surrogate, spec: StudySpec, sampler: str, workers: int, trial
 
 
 def simulated(
-    surrogate: Surrogate, spec: StudySpec, storage: str, workers: int, trials: int
+    surrogate: StandIn, spec: StudySpec, storage: str, workers: int, trials: int
 ) -> list[tuple[RankMap, str]]:
     """Rank maps and their sources, in the order in which workers were done with them."""
     random = np.random.default_rng(spec.search.seed)
@@ -123,7 +128,7 @@ def simulated(
     return measured
 
 
-def found(surrogate: Surrogate, rank_maps: list[RankMap]) -> float:
+def found(surrogate: StandIn, rank_maps: list[RankMap]) -> float:
     """Hypervolume, at the losses without noise, of what a study holds for the best within each budget."""
     space = surrogate.allocator.space
     least, most = (space.model_params - space.dense_params * (1 - kept) for kept in (0.3, 0.95))
@@ -172,6 +177,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seed-trials", type=texts, default=["closed-form"])
     parser.add_argument("--off", type=lambda text: [float(n) for n in text.split(",")], default=[1.0])
+    parser.add_argument("--sliced", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -31,11 +31,11 @@ once, and --merge takes the whole folder. On a GPU one fine-tune that nobody cou
 nested fine-tunes count what is compiled for them.
 
 Sizes for SmolLM2-135M on an H200, where the bank takes 9 s, five nested ranges about 40, a trial of 30 steps 2 and a
-sliced one 0.3: 200 s a run. One process a GPU with a file of rows each, called again until all runs are done; seconds
+sliced one 0.3: 150 s a run. One process a GPU with a file of rows each, called again until all runs are done; seconds
 of a shared GPU are others. Processes whose idle threads spin slow each other: export GOMP_SPINCOUNT=3000, as the
 command line does, and a few OMP_NUM_THREADS.
 
-    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 200
+    python scripts/bench_search.py studies/smollm2-135m-wikitext2/search.toml --rows rows/ --seeds 0 --gpu-seconds 150
         --steps 30 --score-blocks 32 --confirm-blocks 32 [--competitors svd-tpe,bank-tpe,ladder,study]
 """
 

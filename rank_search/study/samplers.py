@@ -45,9 +45,9 @@ def check_sampler(search: SearchSpec) -> None:
             "search.sampler = 'fitted' fits multipliers, of which search.space = 'direct' has none; "
             "take space = 'multipliers', or sampler = 'mutation'"
         )
-    if search.depth_buckets is not None and search.space != "groups":
+    if search.depth_buckets is not None and search.space == "direct":
         raise StudyFileError(
-            f"search.depth_buckets goes with search.space = 'groups', not with {search.space!r}; leave it out"
+            "search.depth_buckets goes with search.space = 'groups' or 'multipliers', not with 'direct'; leave it out"
         )
     if search.sampler == "gp" and search.space == "direct":
         raise StudyFileError(

@@ -126,19 +126,24 @@ def _terms(search: SearchSpec, shapes: Sequence[LayerShape]) -> dict[str, Floats
         return {}
     depths = {shape.depth for shape in shapes}
     first, last = min(depths), max(depths)
-    types = sorted({shape.group for shape in shapes})
+    buckets = min(search.depth_buckets or DEPTH_BUCKETS, last - first + 1)
+    stretches = [(shape.depth - first) * buckets // (last - first + 1) for shape in shapes]
     if search.space == "groups":
-        buckets = min(search.depth_buckets or DEPTH_BUCKETS, last - first + 1)
-        places = [(shape.group, (shape.depth - first) * buckets // (last - first + 1)) for shape in shapes]
-        found = {f"u.{type_}.{bucket}": (type_, bucket) for type_, bucket in sorted(set(places))}
-        terms = {name: np.array([float(place == at) for at in places]) for name, place in found.items()}
-        return terms if len(terms) > 1 else {}
-    terms = {}
-    if len(types) > 1:
-        terms = {f"u.{type_}": np.array([float(shape.group == type_) for shape in shapes]) for type_ in types}
+        return _one_for_each([(shape.group, at) for shape, at in zip(shapes, stretches, strict=True)])
+    terms = _one_for_each([(shape.group,) for shape in shapes])
     x = np.array([2 * (shape.depth - first) / max(1, last - first) - 1 for shape in shapes])
     polynomials = {"u.depth.linear": x, "u.depth.quadratic": (3 * x * x - 1) / 2}
-    return terms | dict(list(polynomials.items())[: len(depths) - 1])
+    terms |= dict(list(polynomials.items())[: len(depths) - 1])
+    return terms if search.depth_buckets is None else terms | _one_for_each([("depth", at) for at in stretches])
+
+
+def _one_for_each(places: Sequence[tuple[str | int, ...]]) -> dict[str, Floats]:
+    """A multiplier for the layers of every place; none where all are in one."""
+    found = {
+        ".".join(map(str, ("u", *place))): np.array([float(place == other) for other in places])
+        for place in sorted(set(places))
+    }
+    return found if len(found) > 1 else {}
 
 
 class MultiplierSpace:
@@ -150,9 +155,10 @@ class MultiplierSpace:
 
     In the space ``multipliers`` a layer's u is the sum of ``u.<type>`` of its layer type, and of ``u.depth.linear``
     and ``u.depth.quadratic`` times the Legendre polynomials P1(x) = x and P2(x) = (3x² - 1) / 2 of its depth x, scaled
-    to [-1, 1] over the model; a single depth has no linear term, fewer than three no quadratic one. In ``groups`` it is
-    ``u.<type>.<bucket>``, where the model's blocks are cut into as many buckets of about equal depth as
-    ``depth_buckets`` says. Where there are no multipliers, rank maps stand near the blends of closed form and uniform.
+    to [-1, 1] over the model; a single depth has no linear term, fewer than three no quadratic one. ``depth_buckets``
+    cuts the model's blocks into as many buckets of about equal depth and adds a ``u.depth.<bucket>`` for each. In
+    ``groups`` u is ``u.<type>.<bucket>``. Where there are no multipliers, rank maps stand near the blends of closed
+    form and uniform.
     """
 
     def __init__(self, search: SearchSpec, allocator: Allocator) -> None:

@@ -160,6 +160,6 @@ def test_mutation_is_refused_over_numbers(space: str) -> None:
         check_sampler(make_spec(sampler="mutation", space=space).search)
 
 
-def test_depth_buckets_without_groups_are_refused() -> None:
-    with pytest.raises(StudyFileError, match=r"depth_buckets goes with search\.space = 'groups'"):
-        check_sampler(make_spec(depth_buckets=3).search)
+def test_depth_buckets_without_multipliers_are_refused() -> None:
+    with pytest.raises(StudyFileError, match=r"depth_buckets goes with search\.space = 'groups' or 'multipliers'"):
+        check_sampler(make_spec(sampler="mutation", space="direct", depth_buckets=3).search)

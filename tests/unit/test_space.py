@@ -121,6 +121,17 @@ def test_groups_are_layer_types_in_stretches_of_blocks() -> None:
     assert all(after[place] <= before[place] for place in before if place != ("mlp", 1))
 
 
+def test_multipliers_have_one_for_every_stretch_of_blocks_where_that_is_asked_for() -> None:
+    space = make_space(make_spec(depth_buckets=12).search, make_allocator(24))
+    assert isinstance(space, MultiplierSpace)
+    stretches = [f"u.depth.{bucket}" for bucket in range(12)]
+    assert list(space.terms) == ["u.attn", "u.mlp", "u.depth.linear", "u.depth.quadratic", *stretches]
+    assert (sum(space.terms[name] for name in stretches) == 1).all()
+    assert [space.terms[name].sum() for name in stretches] == [4.0] * 12  # two types in two blocks
+    alone = make_space(make_spec(depth_buckets=1).search, make_allocator(24))
+    assert "u.depth.0" not in alone.distributions
+
+
 @pytest.mark.parametrize(("layers", "buckets", "count"), [(3, None, 6), (8, None, 8), (8, 3, 6), (1, 4, 2)])
 def test_there_are_no_more_buckets_than_blocks(layers: int, buckets: int | None, count: int) -> None:
     space = make_space(make_spec(space="groups", depth_buckets=buckets).search, make_allocator(layers))
