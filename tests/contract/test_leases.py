@@ -247,16 +247,13 @@ def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
     with StudyStore(storage) as store:
         status = store.status("tiny")
     assert [(beat.trial, beat.is_silent) for beat in status.workers] == [(0, True), (None, False)]
-    assert 300 <= status.workers[0].age < 320
+    assert 300 <= status.workers[0].age < 400
     lines = list(status_lines(status))
     process = os.getpid()
-    assert any(
-        re.fullmatch(
-            rf"worker +elsewhere, process {process}: trial 0, last heard of 30\d s ago, silent: .* proposed again", line
-        )
-        for line in lines
-    )
-    assert any(line.endswith(f"process {process}: between two trials, last heard of 0 s ago") for line in lines)
+    silent = rf"worker +elsewhere, process {process}: trial 0, last heard of 3\d\d s ago, silent: .* proposed again"
+    assert any(re.fullmatch(silent, line) for line in lines)
+    between = rf".*process {process}: between two trials, last heard of \d s ago"
+    assert any(re.fullmatch(between, line) for line in lines)
     assert lines[-1] == "trial 1 failed: validation loss is nan"
     study.close()
     gone.close()
