@@ -130,14 +130,11 @@ def _make_ready(study: Study, evaluator: Evaluator, proposal: Proposal) -> None:
         evaluator.make_ready(proposal.rank_map)
     except (StorageError, OutOfPatienceError):
         raise
-    except Exception as error:
+    except BaseException as error:
         _give_back_if_device_lost(study, proposal, error)
         study.requeue(proposal)
         if is_out_of_memory(error):
             raise TrialError(_out_of_memory(error)) from None
-        raise
-    except BaseException:
-        study.requeue(proposal)
         raise
 
 
@@ -182,20 +179,20 @@ def _climb(study: Study, evaluator: Evaluator, proposal: Proposal, progress: Pro
     return Outcome(proposal, measurement, None, study.tell(proposal, measurement, top), seconds)
 
 
-def _give_back_if_device_lost(study: Study, proposal: Proposal, error: Exception) -> None:
+def _give_back_if_device_lost(study: Study, proposal: Proposal, error: BaseException) -> None:
     if _is_device_lost(error):
         reason = f"the GPU failed under it ({one_line(error)})"
         study.requeue(proposal, death=reason)
         raise DeviceLostError(f"trial {proposal.number}: {reason}; another process must go on") from None
 
 
-def _is_device_lost(error: Exception) -> bool:
+def _is_device_lost(error: BaseException) -> bool:
     """Whether a GPU is of no more use to this process: after such an error every later call of CUDA fails, too."""
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_A_LOST_DEVICE)
     )
 
 
-def _out_of_memory(error: Exception) -> str:
+def _out_of_memory(error: BaseException) -> str:
     which = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
     return f"out of {which}; lower finetune.batch_blocks or run.score_batch_blocks"

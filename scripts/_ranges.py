@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 from _laps import Clock
 from _search_rows import RecordFile
 
@@ -15,8 +14,8 @@ from rank_search.ranks import RankMap
 
 def seconds_of_ranges(prepared: Prepared, clock: Clock) -> dict[str, float]:
     """Train every range, in the order in which the ladder comes to them: the first one counts what is compiled."""
-    search, seconds = prepared.spec.search, dict[str, float]()
-    for kept in (*search.ladder, *np.linspace(search.min_kept, search.max_kept, 1000).tolist()):
+    seconds: dict[str, float] = {}
+    for kept in (*prepared.spec.search.ladder, *prepared.trial_banks.tops):
         if (name := _range_at(prepared, kept)) not in seconds:
             started = clock()
             prepared.trial_banks.at(kept)

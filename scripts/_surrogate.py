@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from _made_up import facts_of, measurement_of
 
 from rank_search.allocation import Allocator, Floats
-from rank_search.measurement import Fidelity, Measurement
+from rank_search.measurement import Measurement
 from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.study.facts import StudyFacts
 
@@ -42,21 +43,12 @@ class StandIn(ABC):
     def measure(self, rank_map: RankMap) -> Measurement:
         """As a trial would, with noise."""
         off = np.random.default_rng(int(rank_map.digest[:8], 16)).normal(0.0, self.noise)
-        space = self.allocator.space
-        return Measurement(
-            loss=self.loss(rank_map) + float(off), standard_error=0.01, num_params=space.num_params(rank_map),
-            target_params=space.target_params(rank_map), kept_of_targets=space.kept_of_targets(rank_map),
-            kept_of_model=space.kept_of_model(rank_map), fidelity=Fidelity.TUNED, tokens=14224,
-        )  # fmt: skip
+        return measurement_of(self.allocator, rank_map, self.loss(rank_map) + float(off))
 
     @property
     def facts(self) -> StudyFacts:
         """What a study over it is of."""
-        space = self.allocator.space
-        return StudyFacts(
-            source="none", revision=None, weights_digest="", shapes=space.shapes, model_params=space.model_params,
-            calibration_digest="", bank="",
-        )  # fmt: skip
+        return facts_of(self.allocator)
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,10 @@ class TrialBanks:
         open_or_make: gives the bank of the range of this number.
     """
 
-    def __init__(self, tops: Sequence[float], keys: Sequence[BankKey], open_or_make: Callable[[int], FactorBank]):
-        self._tops = tuple(tops)
+    def __init__(
+        self, tops: Sequence[float], keys: Sequence[BankKey], open_or_make: Callable[[int], FactorBank]
+    ) -> None:
+        self.tops = tuple(tops)
         self._keys = tuple(keys)
         self._open_or_make = open_or_make
         self._open: dict[int, FactorBank] = {}
@@ -170,11 +172,11 @@ class TrialBanks:
 
     def at(self, kept: float) -> FactorBank:
         """The bank whose range holds ``kept``, made if it is not there; outside of all, the nearest."""
-        return self._bank(self.place(self._tops, kept))
+        return self._bank(self.place(self.tops, kept))
 
     def key_at(self, kept: float) -> BankKey:
         """The key of the bank :meth:`at` ``kept``, which need not be there."""
-        return self._keys[self.place(self._tops, kept)]
+        return self._keys[self.place(self.tops, kept)]
 
     def _bank(self, number: int) -> FactorBank:
         if number not in self._open:

@@ -237,6 +237,7 @@ def reopen(storage: str) -> None:
 
 @ON_TWO
 def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
+    started = time.monotonic()
     with elsewhere():
         gone = open_study(storage, **LADDER)
     gone.ask()
@@ -247,13 +248,19 @@ def test_status_tells_of_workers_and_of_failed_trials(storage: str) -> None:
     with StudyStore(storage) as store:
         status = store.status("tiny")
     assert [(beat.trial, beat.is_silent) for beat in status.workers] == [(0, True), (None, False)]
-    assert 300 <= status.workers[0].age < 400
+    passed = time.monotonic() - started + 1  # a database may tell whole seconds
+    silent, beating = (beat.age for beat in status.workers)
+    assert 300 <= silent < 300 + min(passed, 20)
+    assert 0 <= beating < passed
     lines = list(status_lines(status))
     process = os.getpid()
-    silent = rf"worker +elsewhere, process {process}: trial 0, last heard of 3\d\d s ago, silent: .* proposed again"
-    assert any(re.fullmatch(silent, line) for line in lines)
-    between = rf".*process {process}: between two trials, last heard of \d s ago"
-    assert any(re.fullmatch(between, line) for line in lines)
+    heard = f"last heard of {silent:.0f} s ago"
+    assert any(
+        re.fullmatch(rf"worker +elsewhere, process {process}: trial 0, {heard}, silent: .* proposed again", line)
+        for line in lines
+    )
+    ending = f"process {process}: between two trials, last heard of {beating:.0f} s ago"
+    assert any(line.endswith(ending) for line in lines)
     assert lines[-1] == "trial 1 failed: validation loss is nan"
     study.close()
     gone.close()
