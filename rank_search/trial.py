@@ -57,16 +57,20 @@ class _Round(NamedTuple):
     train_losses: tuple[float, ...]
 
 
+Look = Callable[[RankMap, float], None]
+"""What is called with a rank map and its loss while its model stands."""
+
+
 class Evaluator:
     """Measures rank maps on one model that stays in memory; its dense weights are bit-identical after every trial.
 
     Args:
         prepared: what is measured, and how.
-        look: called with a rank map once it is scored at the highest fidelity (with folds, at each of them), while the
-            fine-tuned model still stands; the seconds that it takes belong to no measurement.
+        look: called with a rank map and its loss once it is scored at the highest fidelity (with folds, at each of
+            them), while the fine-tuned model still stands; the seconds that it takes belong to no measurement.
     """
 
-    def __init__(self, prepared: Prepared, look: Callable[[RankMap], None] | None = None) -> None:
+    def __init__(self, prepared: Prepared, look: Look | None = None) -> None:
         self._prepared = prepared
         self._look = look
         self._spec = prepared.spec
@@ -132,7 +136,7 @@ class Evaluator:
         self._reset_memory()
         started = time.perf_counter()
         factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
-        with compressed(self._prepared.targets, factors, rank_map):
+        with compressed(self._prepared.targets, factors, rank_map, trainable=False):
             synchronize(*self._devices)
             swap = time.perf_counter() - started
             for rung in rungs:
@@ -206,7 +210,7 @@ class Evaluator:
             result = self._score(validation, progress)
             scored = time.perf_counter()
             if self._look is not None:
-                self._look(rank_map)
+                self._look(rank_map, result.loss)
             looked = time.perf_counter()
         synchronize(*self._devices)
         swap = applied.swap_seconds + (time.perf_counter() - looked)
@@ -228,7 +232,7 @@ class Evaluator:
             def tune(parts: int) -> Applied:
                 started = time.perf_counter()
                 with ExitStack() as attempt:  # one that fails leaves the model dense for the next
-                    layers = attempt.enter_context(self._compressed(rank_map))
+                    layers = attempt.enter_context(self._compressed(rank_map, trainable=number is None or self._trains))
                     synchronize(*self._devices)
                     swap_seconds = time.perf_counter() - started
                     tuned = self._finetuned(rank_map, layers, train, parts, checkpoint, progress)
@@ -240,10 +244,18 @@ class Evaluator:
             )
 
     @contextmanager
-    def _compressed(self, rank_map: RankMap) -> Iterator[dict[str, LowRankLinear]]:
+    def _compressed(self, rank_map: RankMap, *, trainable: bool) -> Iterator[dict[str, LowRankLinear]]:
         factors = self._factors_at(self._prepared.space.kept_of_targets(rank_map))
-        with self._kept_if_trained(), compressed(self._prepared.targets, factors, rank_map) as layers:
+        with (
+            self._kept_if_trained(),
+            compressed(self._prepared.targets, factors, rank_map, trainable=trainable) as layers,
+        ):
             yield layers
+
+    @cached_property
+    def _trains(self) -> bool:
+        """Whether a trial has steps of its own."""
+        return self._spec.finetune.steps_for(self._train.sequence_length) > 0
 
     def _finetuned(
         self, rank_map: RankMap, layers: Mapping[str, LowRankLinear], train: Examples, parts: int,
@@ -323,7 +335,8 @@ class Evaluator:
 
     def _kept_if_trained(self) -> AbstractContextManager[None]:
         """With ``train = "all"`` the dense parameters are trained along: keep a copy and put it back."""
-        return put_back(self._prepared.model) if self._spec.finetune.train == "all" else nullcontext()
+        all_trained = self._spec.finetune.train == "all" and self._trains
+        return put_back(self._prepared.model) if all_trained else nullcontext()
 
     def _reset_memory(self) -> None:
         self._parts = 1

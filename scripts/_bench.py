@@ -23,7 +23,7 @@ from rank_search.model.load import LoadedModel
 from rank_search.preparing import Prepared
 from rank_search.spec import FinetuneSpec, StudyFile
 from rank_search.task import Examples
-from rank_search.trial import Evaluator
+from rank_search.trial import Evaluator, Look
 
 
 def environment(device: torch.device) -> dict[str, object]:
@@ -52,11 +52,11 @@ def with_work_dir(study: StudyFile, folder: Path) -> StudyFile:
     return StudyFile(spec=study.spec.model_copy(update={"run": run}), folder=study.folder)
 
 
-def evaluator_with(prepared: Prepared, finetune: FinetuneSpec) -> Evaluator:
+def evaluator_with(prepared: Prepared, finetune: FinetuneSpec, look: Look | None = None) -> Evaluator:
     """An evaluator of the same study under another fine-tune, on the bank that its mode asks for."""
     study = StudyFile(spec=prepared.spec.model_copy(update={"finetune": finetune}), folder=prepared.study.folder)
     banks = prepared.trial_banks if finetune.mode == "nested" else TrialBanks.single(prepared.bank)
-    return Evaluator(dataclasses.replace(prepared, study=study, trial_banks=banks))
+    return Evaluator(dataclasses.replace(prepared, study=study, trial_banks=banks), look)
 
 
 def text_examples(text: Path, loaded: LoadedModel, sequence_length: int, work_dir: Path) -> Examples:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 Clock = Callable[[], float]
 """Seconds, of which differences count."""
@@ -36,17 +35,8 @@ class Laps:
         return self._spent
 
     def add(self, seconds: float) -> None:
-        """Count what was spent before."""
+        """Count what was spent before; less than 0: what passed in this lap, but does not count."""
         self._spent += seconds
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside the block is not counted."""
-        started = self._clock()
-        try:
-            yield
-        finally:
-            self._started += self._clock() - started
 
     def is_over(self) -> bool:
         """Nothing is left of the run or of the piece."""

@@ -1,6 +1,7 @@
 """Ways to search rank maps, by the hypervolume of their confirmed fronts against GPU-seconds, over seeds.
 
-    python scripts/bench_search.py STUDY.toml --rows ROWS.jsonl [--competitors study,ladder] [--seeds 0,1,2]
+    python scripts/bench_search.py STUDY.toml --rows ROWS.jsonl
+        [--competitors study,ladder] [--seeds 0,1,2] | [--runs ladder@0,study@0,study@1]
         [--gpu-seconds 600] [--steps 100] [--score-blocks 64] [--confirm-blocks 64] [--piece-seconds 450]
         [--json FILE] [--plot FILE]
     python scripts/bench_search.py --merge ROWS.jsonl|FOLDER ... [--json FILE] [--plot FILE]
@@ -19,9 +20,9 @@ Competitors:
 
 Whatever is not sliced is fine-tuned for --steps. The validation blocks are cut in two: competitors see --score-blocks
 of them, and their fronts are compared on --confirm-blocks others: of every front the points that it holds for the best
-at --budgets sizes. Every trial's model is scored on these as well, while it stands. That costs a competitor nothing;
-sampling, storing, fine-tuning, scoring and what it shares with others do: the factor bank before the first trial, the
-nested fine-tune of a range of sizes with the first trial in it.
+at --budgets sizes. Models that may be on a front are scored on these as well, while they stand. That costs a competitor
+nothing; sampling, storing, fine-tuning, scoring and what it shares with others do: the factor bank before the first
+trial, the nested fine-tune of a range of sizes with the first trial in it.
 Seeds draw the sampling and the order of the training blocks; nested fine-tunes are those of the study's own seed.
 GPU-seconds are those that pass; on a CPU, which other processes may share, they are the processor time of this process.
 
@@ -52,6 +53,7 @@ from pathlib import Path
 
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
+from _confirming import Confirmation
 from _laps import Clock, Laps, PieceEndedError
 from _ranges import Ranges, seconds_of_ranges
 from _run import run_script
@@ -62,7 +64,6 @@ from rank_search.baselines.measured import untrained_loss
 from rank_search.baselines.methods import Allocations
 from rank_search.errors import InputError, NonFiniteLossError
 from rank_search.factors.bank import FactorBank, TrialBanks
-from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap, RankSpace
 from rank_search.score import score
@@ -71,7 +72,7 @@ from rank_search.stop_rules import StopRules
 from rank_search.study.optuna_study import quiet
 from rank_search.study.study import Study, given_seeds
 from rank_search.task import Examples
-from rank_search.trial import Evaluator
+from rank_search.trial import Evaluator, Look
 from rank_search.worker import Outcome, work
 
 _SEARCHED = 0.9
@@ -87,11 +88,10 @@ def main() -> None:
     deadline = time.monotonic() + args.piece_seconds
     bench = Bench(load_study_file(args.study), args)
     with quiet():
-        for seed in args.seeds:
-            for name in args.competitors:
-                bench.go_on((name, seed), deadline)
+        for run in args.runs:
+            bench.go_on(run, deadline)
     report(bench.file.records, bench.protocol, args.json, args.plot)
-    left = [f"{name} {seed}" for seed in args.seeds for name in args.competitors if not bench.is_done((name, seed))]
+    left = [f"{name} {seed}" for name, seed in args.runs if not bench.is_done((name, seed))]
     print(f"not done yet: {', '.join(left)}; run again" if left else "all runs are done")
 
 
@@ -151,7 +151,7 @@ class Bench:
             return
         self._is_warm = True
         first = self._prepared.allocator.closed_form(self._study.spec.search.ladder[0])
-        self._measure(self._tuning(0), first, self._prepared)
+        self._tuning(0).measure(first)
 
     # Competitors that ask and tell
 
@@ -161,7 +161,8 @@ class Bench:
         competitor.restore([Told(self._rank_map(t), t["loss"], t["num_params"], t["state"]) for t in trials])
         nested = run[0] == "nested-ladder"
         prepared = self._sliced() if nested else self._prepared
-        evaluator = Evaluator(prepared) if nested else self._tuning(run[1])
+        look = self._confirmation(prepared, trials)
+        evaluator = Evaluator(prepared, look) if nested else self._tuning(run[1], look)
         ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
         spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=competitor.factors == "bank")
         self._end_if_spent(run, spent)
@@ -170,12 +171,12 @@ class Bench:
             started = self._clock()
             rank_map = competitor.propose()
             if competitor.factors == "svd":
-                evaluator = self._tuning(run[1], svd=True)
-            loss, confirmed, uncounted = self._measure(evaluator, rank_map, prepared)
-            told = Told(rank_map, loss, prepared.space.num_params(rank_map))
-            state = competitor.tell(told)
-            spent += self._clock() - started - uncounted + ranges.seconds_of_first(rank_map)
-            more = {"state": state, "confirmed": _round(confirmed)}
+                evaluator = self._tuning(run[1], look, svd=True)
+            loss = _loss_of(evaluator, rank_map)
+            state = competitor.tell(Told(rank_map, loss, prepared.space.num_params(rank_map)))
+            confirmed = look.take()
+            spent += self._clock() - started - confirmed.seconds + ranges.seconds_of_first(rank_map)
+            more = {"state": state, **confirmed.told}
             self._add(run, number, spent, rank_map, loss, "sliced" if nested else "tuned", more)
             number += 1
 
@@ -206,22 +207,6 @@ class Bench:
         )  # fmt: skip
         return loss(rank_map)
 
-    def _measure(
-        self, evaluator: Evaluator, rank_map: RankMap, prepared: Prepared
-    ) -> tuple[float | None, float | None, float]:
-        """Loss on the score blocks, loss on the confirmation blocks, and the seconds that the latter took."""
-        uncounted = 0.0
-        try:
-            with evaluator.applied(rank_map):
-                loss = evaluator.score().loss
-                synchronize(prepared.device)
-                started = self._clock()
-                confirmed = self._confirmed_loss(prepared)
-                uncounted = self._clock() - started
-        except NonFiniteLossError:
-            return None, None, uncounted
-        return loss, confirmed, uncounted
-
     # Studies
 
     def _search_study(self, run: Run, deadline: float) -> None:
@@ -247,27 +232,22 @@ class Bench:
         self._end_if_spent(run, spent)
         ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
         clock = Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
-        confirmed: dict[str, float | None] = {}
-
-        def confirm(rank_map: RankMap) -> None:
-            with clock.stopped():
-                synchronize(prepared.device)
-                confirmed["confirmed"] = _round(self._confirmed_loss(prepared))
+        look = self._confirmation(prepared, trials)
 
         def keep(outcome: Outcome) -> None:
             measured, number = outcome.measurement, outcome.proposal.number
-            clock.add(ranges.seconds_of_first(outcome.proposal.rank_map))
+            confirmed = look.take()
+            clock.add(ranges.seconds_of_first(outcome.proposal.rank_map) - confirmed.seconds)
             loss = None if measured is None else measured.loss
             fidelity = "predicted" if measured is None else measured.fidelity.label
-            self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, confirmed)
-            confirmed.clear()
+            self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, confirmed.told)
             clock.check()
 
         try:
             if not clock.is_over():
                 clock.start()
                 rules = StopRules.of(spec.search)
-                ended = work(study, Evaluator(prepared, confirm), 10**9, rules=rules, on_outcome=keep)
+                ended = work(study, Evaluator(prepared, look), 10**9, rules=rules, on_outcome=keep)
                 self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
         except PieceEndedError:
             pass
@@ -301,7 +281,7 @@ class Bench:
 
     # What both share
 
-    def _tuning(self, seed: int, *, svd: bool = False) -> Evaluator:
+    def _tuning(self, seed: int, look: Look | None = None, *, svd: bool = False) -> Evaluator:
         """Fine-tunes every rank map for the protocol's steps: on the bank, or on plain SVD made now."""
         prepared = self._prepared
         spec = prepared.spec
@@ -311,8 +291,8 @@ class Bench:
         seeded = dataclasses.replace(prepared, study=study)
         if svd:
             bank = FactorBank(Path(), prepared.bank.key, plain_svd(prepared.targets), {})
-            return evaluator_with(dataclasses.replace(seeded, bank=bank), finetune)
-        return evaluator_with(seeded, finetune)
+            return evaluator_with(dataclasses.replace(seeded, bank=bank), finetune, look)
+        return evaluator_with(seeded, finetune, look)
 
     def _sliced(self) -> Prepared:
         """The study with nested fine-tunes, of which trials are slices; made, and their seconds kept, at first."""
@@ -331,12 +311,10 @@ class Bench:
             self._nested = _seeing(prepared, self.protocol.score_blocks)
         return self._nested
 
-    def _confirmed_loss(self, prepared: Prepared) -> float | None:
-        """Of the model as it stands; None where it is not finite."""
-        try:
-            return score(prepared.model, self._unseen, batch_blocks=prepared.spec.run.score_batch_blocks).loss
-        except NonFiniteLossError:
-            return None
+    def _confirmation(self, prepared: Prepared, trials: Sequence[Record]) -> Confirmation:
+        """Of a run that has these trials already."""
+        measured = [(t["loss"], t["num_params"]) for t in trials if "confirmed" in t]
+        return Confirmation(prepared, self._unseen, self._clock, measured)
 
     def _start(self, *, bank: bool) -> float:
         """GPU-seconds spent before the first trial."""
@@ -388,6 +366,14 @@ def _params_at(space: RankSpace, kept: float) -> int:
     return space.model_params - space.dense_params + int(kept * space.dense_params)
 
 
+def _loss_of(evaluator: Evaluator, rank_map: RankMap) -> float | None:
+    """None where it, or a loss of the fine-tune, is not finite."""
+    try:
+        return evaluator.measure(rank_map).loss
+    except NonFiniteLossError:
+        return None
+
+
 def _round(loss: float | None) -> float | None:
     return None if loss is None else round(loss, 6)
 
@@ -406,13 +392,20 @@ def _rows_file(args: argparse.Namespace) -> Path:
     if rows.suffix:
         return rows
     rows.mkdir(parents=True, exist_ok=True)
-    names = hashlib.sha256(",".join(args.competitors).encode()).hexdigest()[:8]
-    return rows / f"seeds-{'-'.join(map(str, args.seeds))}-{names}.jsonl"
+    names = hashlib.sha256(",".join(dict.fromkeys(name for name, _ in args.runs)).encode()).hexdigest()[:8]
+    seeds = dict.fromkeys(str(seed) for _, seed in args.runs)
+    return rows / f"seeds-{'-'.join(seeds)}-{names}.jsonl"
 
 
 def _row_files(paths: Sequence[Path]) -> list[Path]:
     """Files, and those of folders."""
     return [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+
+
+def _runs(text: str) -> list[Run]:
+    """``COMPETITOR@SEED,...``"""
+    pairs = [run.rpartition("@") for run in text.split(",")]
+    return [(name, int(seed)) for name, _, seed in pairs]
 
 
 def _arguments() -> argparse.Namespace:
@@ -422,6 +415,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="JSON lines to append to and to go on from, or a folder")
     parser.add_argument("--competitors", type=lambda text: text.split(","), default=[*SIMPLE, "study"])
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--runs", type=_runs, help="competitors, each with its seed, in place of all at all seeds")
     parser.add_argument("--gpu-seconds", type=float, default=200.0, help="of every competitor and seed")
     parser.add_argument("--steps", type=int, default=100, help="of the own fine-tune")
     parser.add_argument("--score-blocks", type=int, default=64)
@@ -442,9 +436,10 @@ def _arguments() -> argparse.Namespace:
         parser.error("give a study file, or files of rows after --merge")
     if args.study is not None and args.rows is None:
         parser.error("give --rows, where a later call finds what this one measured")
-    for name in args.competitors:
+    args.runs = args.runs or [(name, seed) for seed in args.seeds for name in args.competitors]
+    for name, _ in args.runs:
         if name not in SIMPLE and name.partition(":")[0] != "study":
-            parser.error(f"--competitors: {name!r} is none of {', '.join(SIMPLE)}, study or study:KEY=VALUE...")
+            parser.error(f"{name!r} is none of the competitors {', '.join(SIMPLE)}, study or study:KEY=VALUE...")
     return args
 
 

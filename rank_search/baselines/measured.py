@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from rank_search.allocation import Floats
 from rank_search.baselines.rules import FRACTIONS, rank_at
-from rank_search.compress.alignment import aligned
 from rank_search.compress.low_rank import compressed
 from rank_search.errors import NonFiniteLossError
 from rank_search.factors.decompose import Factors
@@ -34,7 +33,7 @@ def untrained_loss(
     """The loss on ``examples`` under a rank map without a fine-tune, nats per prediction; infinite if not finite."""
 
     def loss(rank_map: RankMap) -> float:
-        with compressed(targets, factors, rank_map), aligned(model):
+        with compressed(targets, factors, rank_map, trainable=False):
             try:
                 return score(model, examples, batch_blocks=batch_blocks).loss
             except NonFiniteLossError:

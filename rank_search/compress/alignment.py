@@ -1,8 +1,6 @@
 """Ranks rounded up while a GPU computes with them, by factors of zeros.
 
-Tensor cores want every side of a matrix to be a multiple of 8 or more; at other ranks the products fall back to kernels
-that take several times as long. A factor whose both rows are zero adds nothing to the layer's output, gets no
-gradient, and stays zero.
+A factor whose both rows are zero adds nothing to the layer's output, gets no gradient, and stays zero.
 """
 
 from __future__ import annotations
@@ -10,24 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rank_search.compress.low_rank import LowRankLinear
-
-ALIGNMENT = 16
-
-
-def aligned_rank(rank: int, device: torch.device) -> int:
-    """``rank``, on a GPU rounded up to a multiple of :data:`ALIGNMENT`."""
-    return -(-rank // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else rank
-
-
-def padded(factors: Float[Tensor, "rank d"], rank: int) -> Float[Tensor, "padded d"]:
-    """Rows of zeros below ``factors``, up to ``rank`` rows."""
-    return F.pad(factors, (0, 0, 0, rank - len(factors)))
+from rank_search.compress.low_rank import LowRankLinear, aligned_rank
 
 
 @contextmanager

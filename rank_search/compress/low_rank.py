@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rank_search.compress.split import SplitLinear
 from rank_search.errors import RankMapError
@@ -15,14 +16,28 @@ from rank_search.factors.decompose import Factors
 from rank_search.model.targets import Target, by_module, weight_matrix
 from rank_search.ranks import RankMap
 
+ALIGNMENT = 16
+"""Of ranks while a GPU computes with them: tensor cores want every side of a matrix to be a multiple of 8 or more, at
+other ranks the products fall back to kernels that take several times as long."""
+
+
+def aligned_rank(rank: int, device: torch.device) -> int:
+    """``rank``, on a GPU rounded up to a multiple of :data:`ALIGNMENT`."""
+    return -(-rank // ALIGNMENT) * ALIGNMENT if device.type == "cuda" else rank
+
+
+def padded(factors: Float[Tensor, "rank d"], rank: int) -> Float[Tensor, "padded d"]:
+    """A copy with rows of zeros below ``factors``, up to ``rank`` rows."""
+    return F.pad(factors, (0, 0, 0, rank - len(factors)))
+
 
 class _Linear(nn.Linear):
     """A linear layer made from its weights: random ones before them would be a fifth of the time of a sliced trial."""
 
-    def __init__(self, weight: Float[Tensor, "out in"], bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], bias: nn.Parameter | None, *, trainable: bool) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
         self.bias = bias  # type: ignore[assignment]  # which torch's stubs do not take for optional
 
 
@@ -33,11 +48,16 @@ class LowRankLinear(nn.Module):
     """
 
     def __init__(
-        self, inner: Float[Tensor, "rank n"], outer: Float[Tensor, "m rank"], bias: nn.Parameter | None
+        self,
+        inner: Float[Tensor, "rank n"],
+        outer: Float[Tensor, "m rank"],
+        bias: nn.Parameter | None,
+        *,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
-        self.inner = _Linear(inner, None)
-        self.outer = _Linear(outer, bias)
+        self.inner = _Linear(inner, None, trainable=trainable)
+        self.outer = _Linear(outer, bias, trainable=trainable)
 
     @classmethod
     def of(cls, factors: Factors, rank: int, target: Target) -> LowRankLinear:
@@ -49,6 +69,22 @@ class LowRankLinear(nn.Module):
             for rows in (factors.inn[:rank], factors.out[:rank].T)
         )
         return cls(inner, outer, target.bias)
+
+    @classmethod
+    def reading(cls, factors: Factors, rank: int, target: Target) -> LowRankLinear:
+        """The same function, but not to be trained: it reads the bank's own rows where dtype and device are the
+        layer's.
+
+        Its rank is the one that a GPU wants (:func:`aligned_rank`): rows of zeros below the inner factors make what the
+        outer ones have there count nothing.
+        """
+        weight = weight_matrix(target.module)
+        width = aligned_rank(rank, weight.device)
+        inner, outer = (
+            rows.to(weight) if len(rows) == width else padded(rows.to(weight), width)
+            for rows in (factors.inn[:rank], factors.out[:width])
+        )
+        return cls(inner, outer.T, target.bias, trainable=False)
 
     @property
     def rank(self) -> int:
@@ -86,8 +122,12 @@ class LowRankLinear(nn.Module):
         return self.weight.detach()
 
 
-def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap) -> dict[str, LowRankLinear]:
+def insert(
+    targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap, *, trainable: bool = True
+) -> dict[str, LowRankLinear]:
     """Put the factors of ``rank_map`` in the place of their target layers; :func:`restore` takes them out.
+
+    Layers that are not ``trainable`` read ``factors`` where they lie (:meth:`LowRankLinear.reading`).
 
     Raises:
         RankMapError: naming the first module that is no target layer, or a rank that the bank does not hold.
@@ -102,8 +142,9 @@ def insert(targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: 
             raise RankMapError(
                 f"{name} has rank {rank}, but its factor bank ends at {len(factors[name].inn)}; leave it dense"
             )
+    make = LowRankLinear.of if trainable else LowRankLinear.reading
     for name, rank in rank_map.items():
-        layers[name] = LowRankLinear.of(factors[name], rank, by_name[name])
+        layers[name] = make(factors[name], rank, by_name[name])
     place(targets, layers)
     return layers
 
@@ -144,10 +185,11 @@ def restore(targets: Sequence[Target]) -> None:
 
 @contextmanager
 def compressed(
-    targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap
+    targets: Sequence[Target], factors: Mapping[str, Factors], rank_map: RankMap, *, trainable: bool = True
 ) -> Iterator[dict[str, LowRankLinear]]:
-    """The model under ``rank_map`` inside the block, the same dense model after it. Yields the low-rank layers."""
-    layers = insert(targets, factors, rank_map)
+    """The model under ``rank_map`` inside the block, the same dense model after it. Yields the low-rank layers, as
+    :func:`insert` makes them."""
+    layers = insert(targets, factors, rank_map, trainable=trainable)
     try:
         yield layers
     finally:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rank_search.compress.alignment import aligned_rank, padded
+from rank_search.compress.low_rank import aligned_rank, padded
 from rank_search.factors.decompose import Factors
 from rank_search.model.targets import Target
 

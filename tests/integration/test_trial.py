@@ -132,15 +132,32 @@ def test_whoever_looks_sees_the_model_that_is_scored_and_changes_nothing(prepare
     rank_map, seen = prepared.allocator.closed_form(0.5), []
     unseen = Evaluator(prepared).measure(rank_map)
 
-    def look(of: RankMap) -> None:
+    def look(of: RankMap, loss: float) -> None:
         time.sleep(0.5)
-        seen.append((of, evaluator.score().loss))
+        seen.append((of, loss, evaluator.score().loss))
 
     evaluator = Evaluator(prepared, look)
     measured = evaluator.measure(rank_map)
-    assert seen == [(rank_map, measured.loss)]
+    assert seen == [(rank_map, measured.loss, measured.loss)]
     assert _without_times(measured) == _without_times(unseen)
     assert measured.swap_seconds < 0.5
+
+
+def test_a_trial_without_steps_of_its_own_reads_the_bank_where_it_lies(tiny_study: StudyFactory) -> None:
+    prepared = _prepare(tiny_study(finetune={"steps": 0}))
+    bank = prepared.bank.on(prepared.device)
+    before = {name: (factors.inn.clone(), factors.out.clone()) for name, factors in bank.items()}
+    read: set[int] = set()
+
+    def look(rank_map: RankMap, _loss: float) -> None:
+        layers = [prepared.model.get_submodule(name) for name in rank_map]
+        read.update(parameter.untyped_storage().data_ptr() for layer in layers for parameter in layer.parameters())
+
+    Evaluator(prepared, look).measure(prepared.allocator.closed_form(0.5))
+    assert read & {factors.inn.untyped_storage().data_ptr() for factors in bank.values()}
+    assert all(
+        torch.equal(bank[name].inn, inn) and torch.equal(bank[name].out, out) for name, (inn, out) in before.items()
+    )
 
 
 def test_without_fine_tune_the_loss_is_that_of_the_sliced_factors(tiny_study: StudyFactory) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rank_search.compress import alignment
-from rank_search.compress.alignment import aligned, aligned_rank, padded
-from rank_search.compress.low_rank import LowRankLinear
+from rank_search.compress.alignment import aligned
+from rank_search.compress.low_rank import LowRankLinear, aligned_rank, padded
 
 
 def _layer(rank: int) -> LowRankLinear:

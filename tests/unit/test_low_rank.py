@@ -93,6 +93,29 @@ def test_training_its_factors_leaves_the_bank_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("width", [2, 4, 8])  # of the bank's six ranks: two as they are, two beside zeros, all
+def test_a_layer_that_reads_the_bank_is_the_same_function(
+    layer: nn.Module, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rank_search.compress.low_rank.aligned_rank", lambda _rank, _device: width)
+    target = _target(layer)
+    factors = _bank((target,), full=True)[target.name]
+    reading, copied = LowRankLinear.reading(factors, 2, target), LowRankLinear.of(factors, 2, target)
+    x = torch.randn(2, 3, 6)
+    assert reading.rank == width
+    assert reading.bias is layer.bias
+    assert not any(factor.requires_grad for factor in reading.factors)
+    torch.testing.assert_close(reading(x), copied(x))
+
+
+def test_where_nothing_is_to_be_padded_a_layer_reads_the_banks_own_memory(layer: nn.Module) -> None:
+    target = _target(layer)
+    factors = _bank((target,))[target.name]
+    reading = LowRankLinear.reading(factors, 2, target)
+    assert reading.inner.weight.data_ptr() == factors.inn.data_ptr()
+    assert reading.outer.weight.data_ptr() == factors.out.data_ptr()
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_full_rank_reproduces_the_dense_model(family: str) -> None:
     model = models.make(family)
