@@ -27,9 +27,9 @@ def seconds_of_ranges(prepared: Prepared, clock: Clock) -> dict[str, float]:
 class Ranges:
     """What the ranges of a run cost it: the seconds of each with the first of its trials in it."""
 
-    def __init__(self, file: RecordFile, prepared: Prepared, measured: Iterable[RankMap]) -> None:
+    def __init__(self, file: RecordFile, prepared: Prepared, measured: Iterable[RankMap], *, is_sliced: bool) -> None:
         self._prepared = prepared
-        nested = file.preparation()["nested"] if prepared.spec.finetune.mode == "nested" else {}
+        nested = file.preparation()["nested"] if is_sliced else {}
         self._seconds: dict[str, float] = dict(nested)
         for rank_map in measured:
             self.seconds_of_first(rank_map)

@@ -48,7 +48,8 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from _bench import environment, evaluator_with, with_work_dir
@@ -64,6 +65,7 @@ from rank_search.baselines.measured import untrained_loss
 from rank_search.baselines.methods import Allocations
 from rank_search.errors import InputError, NonFiniteLossError
 from rank_search.factors.bank import FactorBank, TrialBanks
+from rank_search.factors.decompose import Factors
 from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankMap, RankSpace
 from rank_search.score import score
@@ -163,7 +165,7 @@ class Bench:
         prepared = self._sliced() if nested else self._prepared
         look = self._confirmation(prepared, trials)
         evaluator = Evaluator(prepared, look) if nested else self._tuning(run[1], look)
-        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
+        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials], is_sliced=nested)
         spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=competitor.factors == "bank")
         self._end_if_spent(run, spent)
         number = len(trials)
@@ -202,10 +204,15 @@ class Bench:
     def _untrained(self, rank_map: RankMap, blocks: int) -> float:
         prepared = self._prepared
         loss = untrained_loss(
-            prepared.model, prepared.targets, prepared.bank.on(prepared.device), self._calibration[:blocks],
+            prepared.model, prepared.targets, self._factors, self._calibration[:blocks],
             batch_blocks=min(blocks, prepared.spec.run.score_batch_blocks),
         )  # fmt: skip
         return loss(rank_map)
+
+    @cached_property
+    def _factors(self) -> Mapping[str, Factors]:
+        """The bank's, on the device."""
+        return self._prepared.bank.on(self._prepared.device)
 
     # Studies
 
@@ -230,7 +237,7 @@ class Bench:
         study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
         spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=True)
         self._end_if_spent(run, spent)
-        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials])
+        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials], is_sliced=nested)
         clock = Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
         look = self._confirmation(prepared, trials)
 
@@ -427,7 +434,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--piece-seconds", type=float, default=450.0)
     parser.add_argument("--evaluations", type=int, default=50, help="of Bolaco's search, at each budget")
     parser.add_argument("--search-blocks", type=int, default=8, help="calibration blocks that Bolaco and evolution see")
-    parser.add_argument("--generations", type=int, default=20, help="of evolution between two measurements of a parent")
+    parser.add_argument("--generations", type=int, default=5, help="of evolution between two measurements of a parent")
     parser.add_argument("--offspring", type=int, default=16, help="of evolution in a generation")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

@@ -123,6 +123,26 @@ def test_what_is_sliced_pays_for_the_nested_fine_tune_of_a_range_with_its_first_
     assert sum("preparation" in record for record in records(rows)) == 2
 
 
+def test_own_fine_tunes_beside_a_nested_study_pay_for_none_of_its_ranges(
+    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+) -> None:
+    nested = {"mode": "nested", "nested_steps": 1, "nested_ranges": 2}
+    study, rows = tiny_study(search={"ladder": [0.8, 0.5]}, finetune=nested), tmp_path / "rows.jsonl"
+    run = (study, *QUICK, "--rows", rows, "--gpu-seconds", "2", "--runs")
+    assert "all runs are done" in bench(*run, "ladder@0")  # before anybody has made one
+    assert "all runs are done" in bench(*run, "study@0")
+    ranges = next(r["preparation"]["nested"] for r in records(rows) if "nested" in r.get("preparation", {}))
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"preparation": {"nested": dict.fromkeys(ranges, 1000.0)}}) + "\n")
+    assert "all runs are done" in bench(*run, "ladder@1,study:finetune.mode=own@0")
+    spent: dict[str, list[float]] = {}
+    for record in records(rows):
+        if "trial" in record:
+            spent.setdefault(f"{record['competitor']}@{record['seed']}", []).append(record["gpu_seconds"])
+    assert max(map(max, spent.values())) < 1000
+    assert {len(seconds) > 1 for seconds in spent.values()} == {True}
+
+
 def test_another_protocol_is_refused(
     bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
