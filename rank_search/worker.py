@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from rank_search.errors import (
     one_line,
 )
 from rank_search.measurement import Measurement
+from rank_search.model.garbage import sparing_the_collector
 from rank_search.model.memory import is_out_of_memory
 from rank_search.progress import SILENT, Progress
 from rank_search.stop_rules import StopRules
@@ -78,22 +79,26 @@ def work(
     study.set_stop_reason(None)
     effort = _effort(study, rules)
     heeding = Heeding(study, progress)
-    while (stop := heeding.stop_reason() or stop_reason(study, trials, rules, effort, heeding.now() - started)) is None:
-        try:
-            proposal = study.ask(_left(effort, trials, rules))
-        except ExhaustedError as error:
-            stop = str(error)
-            break
-        _make_ready(study, evaluator, proposal)
-        outcome = _measure(study, evaluator, proposal, progress)
-        on_outcome(outcome)
-        reasons = [*reasons, outcome.reason or ""] if outcome.state is State.FAILED else []
-        if len(reasons) >= SAME_FAILURES and len(set(reasons[-SAME_FAILURES:])) == 1:
-            raise TrialError(
-                f"{SAME_FAILURES} trials in a row failed for the same reason ({reasons[-1]}); "
-                "mend it and run again, the study resumes"
-            )
-        effort = _effort(study, rules)
+    measured = 0
+
+    def reason_to_stop() -> str | None:
+        return heeding.stop_reason() or stop_reason(study, trials, rules, effort, heeding.now() - started)
+
+    with sparing_the_collector() as settle:
+        while (stop := reason_to_stop()) is None:
+            try:
+                proposal = study.ask(_left(effort, trials, rules))
+            except ExhaustedError as error:
+                stop = str(error)
+                break
+            _make_ready(study, evaluator, proposal)
+            outcome = _measure(study, evaluator, proposal, progress)
+            on_outcome(outcome)
+            reasons = _failures_in_a_row(reasons, outcome)
+            effort = _effort(study, rules)
+            measured += 1
+            if measured.bit_count() == 1:  # after 1, 2, 4, 8, ... trials: what they compile and find out stays, too
+                settle()
     study.set_stop_reason(stop)
     return stop
 
@@ -108,6 +113,23 @@ def stop_reason(
     if effort.finished >= trials:
         return f"{effort.finished} trials are finished"
     return study.stop_reason(rules, wall, effort.seconds)
+
+
+def _failures_in_a_row(before: Sequence[str], outcome: Outcome) -> list[str]:
+    """Their reasons, with this outcome's.
+
+    Raises:
+        TrialError: the last :data:`SAME_FAILURES` are the same.
+    """
+    if outcome.state is not State.FAILED:
+        return []
+    last = [*before, outcome.reason or ""][-SAME_FAILURES:]
+    if len(last) == SAME_FAILURES and len(set(last)) == 1:
+        raise TrialError(
+            f"{SAME_FAILURES} trials in a row failed for the same reason ({last[0]}); "
+            "mend it and run again, the study resumes"
+        )
+    return last
 
 
 def _effort(study: Study, rules: StopRules) -> Effort:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import re
@@ -100,6 +101,14 @@ def test_it_measures_until_the_study_has_its_trials(prepared: Prepared, tmp_path
     assert [trial.rank_map for trial in shown.trials] == [outcome.proposal.rank_map for outcome in outcomes]
     assert [trial.measurement for trial in shown.trials] == [outcome.measurement for outcome in outcomes]
     assert front == shown.front == Front.of(shown.points)
+
+
+def test_after_its_first_trial_collections_of_garbage_leave_the_model_alone(prepared: Prepared, tmp_path: Path) -> None:
+    frozen: list[int] = []
+    with _open(prepared, tmp_path) as study:
+        work(study, Evaluator(prepared), 3, on_outcome=lambda _outcome: frozen.append(gc.get_freeze_count()))
+    assert [count > 1000 for count in frozen] == [False, True, True]
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_failing_rank_map_fails_its_trial_with_the_reason_and_the_study_goes_on(
