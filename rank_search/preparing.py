@@ -27,11 +27,12 @@ from rank_search.model.load import LoadedModel, load_model
 from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices
 from rank_search.progress import SILENT, Progress
+from rank_search.ranges import kept_ranges, shared_steps
 from rank_search.ranks import RankSpace
 from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoints
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps, shared_steps
+from rank_search.train.nested import nested_finetune, sampled_rank_maps
 
 
 @dataclass(frozen=True)

@@ -231,8 +231,9 @@ class Evaluator:
 
             def tune(parts: int) -> Applied:
                 started = time.perf_counter()
+                trainable = number is None or self._trains  # outside of a trial layers may be saved, or trained on
                 with ExitStack() as attempt:  # one that fails leaves the model dense for the next
-                    layers = attempt.enter_context(self._compressed(rank_map, trainable=number is None or self._trains))
+                    layers = attempt.enter_context(self._compressed(rank_map, trainable=trainable))
                     synchronize(*self._devices)
                     swap_seconds = time.perf_counter() - started
                     tuned = self._finetuned(rank_map, layers, train, parts, checkpoint, progress)

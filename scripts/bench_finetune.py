@@ -28,11 +28,12 @@ from rank_search.factors.decompose import Factors
 from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress, Step
+from rank_search.ranges import kept_ranges
 from rank_search.spec import FinetuneSpec, load_study_file
 from rank_search.task import Examples
 from rank_search.train.capture import EAGER_STEPS
 from rank_search.train.finetune import finetune
-from rank_search.train.nested import kept_ranges, nested_finetune, sampled_rank_maps
+from rank_search.train.nested import nested_finetune, sampled_rank_maps
 
 FEW = EAGER_STEPS + 2
 

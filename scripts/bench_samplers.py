@@ -59,7 +59,7 @@ def main() -> None:
                         "off": off, "sampler": sampler, "seed_trials": "+".join(args.seed_trials), "workers": workers,
                         "trials": args.trials, "seed": seed,
                     }  # fmt: skip
-                    spec = study_spec(sampler, seed, args.seed_trials)
+                    spec = study_spec(sampler, seed, args.seed_trials, sliced=args.sliced)
                     rows.append({**told, **run(surrogate, spec, sampler, workers, args.trials)})
     _print(rows)
     if args.json is not None:
@@ -73,7 +73,7 @@ def _key(row: dict[str, object]) -> tuple[object, ...]:
     return tuple(row.get(name) for name in ("sliced", "off", "sampler", "seed_trials", "workers", "trials", "seed"))
 
 
-def study_spec(sampler: str, seed: int, seed_trials: list[str]) -> StudySpec:
+def study_spec(sampler: str, seed: int, seed_trials: list[str], *, sliced: bool = False) -> StudySpec:
     """A study by a sampler, over the space that it takes."""
     name, space, buckets, *_ = [*sampler.split(":"), "", ""]
     search = {
@@ -82,7 +82,10 @@ def study_spec(sampler: str, seed: int, seed_trials: list[str]) -> StudySpec:
         "seed": seed, "seeds": seed_trials, "trials": 10**9,
         **({"depth_buckets": int(buckets)} if buckets else {}),
     }  # fmt: skip
-    return parse_study({"name": "stand-in", "model": {"source": "none"}, "search": search}, where="bench")
+    tables = {"name": "stand-in", "model": {"source": "none"}, "search": search}
+    if sliced:
+        tables |= {"finetune": {"mode": "nested"}, "search": {**search, "min_kept": 0.3, "max_kept": 0.95}}
+    return parse_study(tables, where="bench")
 
 
 def run(surrogate: StandIn, spec: StudySpec, sampler: str, workers: int, trials: int) -> dict[str, object]:

@@ -48,11 +48,12 @@ class FittedSampler(WholeSpaceSampler):
         seed: of this proposal.
         tried: what there is.
         max_loss: above it a measurement is worth nothing.
+        cuts: kept fractions above each of which trials slice other factors than up to it.
     """
 
     def __init__(
         self, space: MultiplierSpace, rises: Rises, seed: int, tried: Callable[[], Sequence[Tried]],
-        max_loss: float | None = None,
+        max_loss: float | None = None, cuts: Sequence[float] = (),
     ) -> None:  # fmt: skip
         super().__init__(space)
         self._space = space
@@ -60,6 +61,7 @@ class FittedSampler(WholeSpaceSampler):
         self._random = np.random.default_rng(seed)
         self._tried = tried
         self._max_loss = max_loss
+        self._cuts = cuts
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -68,7 +70,7 @@ class FittedSampler(WholeSpaceSampler):
         allowed = search_space.get("kept", self._space.distributions["kept"])
         assert isinstance(allowed, FloatDistribution)
         tried = self._tried()
-        measured = _Measured.of(tried, self._rises)
+        measured = _Measured.of(tried, self._rises, self._cuts)
         sizes = size_grid(allowed.low, allowed.high)
         running = [self._rises.kept_of(one) for one in tried if one.loss is None]
         gains = size_gains(measured.curve, sizes, running, self._max_loss)
@@ -84,7 +86,7 @@ class FittedSampler(WholeSpaceSampler):
         terms, curve = self._space.terms, measured.curve
         matrix = np.array(list(terms.values())).reshape(len(terms), len(self._space.allocator.space.shapes))
         spread = curve.at(curve.kept)[1] if len(curve.kept) else curve.kept
-        return MultiplierFit(matrix, measured.rises, measured.closed, curve.kept, curve.losses, spread)
+        return MultiplierFit(matrix, measured.rises, measured.closed, curve.kept, curve.levelled, spread)
 
     def _drawn(self, kept: float, multipliers: Floats, count: int) -> Params:
         """Multipliers a little off those given, the less the more was measured."""
@@ -108,12 +110,12 @@ class _Measured:
     curve: LossCurve
 
     @classmethod
-    def of(cls, tried: Sequence[Tried], rises: Rises) -> _Measured:
+    def of(cls, tried: Sequence[Tried], rises: Rises, cuts: Sequence[float] = ()) -> _Measured:
         """Of those that have a loss."""
         measured = [one for one in tried if one.loss is not None]
         kept, losses = (np.array([getattr(one, name) for one in measured], float) for name in ("kept", "loss"))
         known, closed = rises.of(measured)
-        return cls(known, closed, LossCurve(kept, losses, nearness(known, closed) + _UNLIKE))
+        return cls(known, closed, LossCurve(kept, losses, nearness(known, closed) + _UNLIKE, cuts))
 
 
 class Rises:

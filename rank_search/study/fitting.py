@@ -17,7 +17,7 @@ _FAR = 0.08
 """Excess of predicted rise, as a share of the closed form's, at which a rank map counts 1/e: what holds near the closed
 form is wanted."""
 _REACH = 0.25
-"""Distance in kept fraction over which what is off carries."""
+"""Distance in the logarithm of the kept fraction over which what is off carries."""
 _SUREST = 0.3
 """Of the median scatter, the least that any is taken for."""
 _TRUST = 0.5
@@ -58,7 +58,7 @@ class MultiplierFit:
         rises: (n, layers), predicted rise of every layer in every measured rank map, nats.
         closed: (n, layers), those of the closed form at the same kept fractions.
         kept: (n,), kept fractions of the target layers.
-        losses: (n,), measured, nats per token.
+        losses: (n,), measured, nats per token, without the jumps that are not the rank maps' own (:class:`LossCurve`).
         spread: (n,), by how much losses of about that size scatter; what scatters less says more.
     """
 
@@ -83,7 +83,7 @@ class MultiplierFit:
         :data:`LEAST` losses are known."""
         if not self._known:
             return np.zeros(len(self._terms))
-        near = self._weights * np.exp(-0.5 * ((self._kept - kept) / _REACH) ** 2)
+        near = self._weights * np.exp(-0.5 * (np.log(self._kept / kept) / _REACH) ** 2)
         # By how much h and v are off from 1 and 0.
         off = _ridge(self._x, self._y - self._x[:, 0], near * self._sure, float(near.sum()))
         factors = np.clip(1 + off[1:] @ self._terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)

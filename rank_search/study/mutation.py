@@ -83,6 +83,7 @@ class MutationSampler(WholeSpaceSampler):
         seed: int,
         keep: Callable[[FrozenTrial, RankMap], None],
         max_loss: float | None = None,
+        cuts: Sequence[float] = (),
     ) -> None:
         super().__init__(space)
         self._space = space
@@ -91,6 +92,7 @@ class MutationSampler(WholeSpaceSampler):
         self._random = np.random.default_rng(seed)
         self._keep = keep
         self._max_loss = max_loss
+        self._cuts = cuts
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -122,7 +124,8 @@ class MutationSampler(WholeSpaceSampler):
         sizes = size_grid(allowed.low, allowed.high)
         kept = np.array([self._kept_by(parent.params) for parent in parents])
         losses = np.array([parent.loss for parent in parents])
-        gains = size_gains(LossCurve(kept, losses, np.ones(len(parents))), sizes, running, self._max_loss)
+        curve = LossCurve(kept, losses, np.ones(len(parents)), self._cuts)
+        gains = size_gains(curve, sizes, running, self._max_loss)
         for _ in range(_TRIES):
             child = self._child(parents, draw_size(sizes, gains, self._random))
             if rank_map_text(child) not in taken:

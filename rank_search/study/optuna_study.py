@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,8 +84,9 @@ class OptunaStudy:
     """
 
     def __init__(
-        self, url: URL, search: SearchSpec, name: str, space: SearchSpace, seeds: tuple[Seed, ...], evidence: Evidence
-    ) -> None:
+        self, url: URL, search: SearchSpec, name: str, space: SearchSpace, seeds: tuple[Seed, ...], evidence: Evidence,
+        cuts: Sequence[float] = (),
+    ) -> None:  # fmt: skip
         self._url = url
         self._space = space
         self._seeds = seeds
@@ -99,7 +100,7 @@ class OptunaStudy:
                 storage=self._storage,
                 study_name=name,
                 directions=list(DIRECTIONS),
-                sampler=SeededSampler(search, len(seeds), space, self._sign, self._keep, evidence.read),
+                sampler=SeededSampler(search, len(seeds), space, self._sign, self._keep, evidence.read, cuts),
                 load_if_exists=True,
             )
             self._id = self._storage.get_study_id_from_name(name)

@@ -84,6 +84,7 @@ class SeededSampler(BaseSampler):
         on_start: told the trial as soon as it is claimed, before anything is sampled.
         keep: told the trial and its rank map, where the sampler proposes rank maps rather than parameters.
         tried: what the project's own tables have of trials.
+        cuts: kept fractions above each of which trials slice other factors than up to it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class SeededSampler(BaseSampler):
         on_start: Callable[[FrozenTrial], None],
         keep: Callable[[FrozenTrial, RankMap], None],
         tried: Callable[[], Sequence[Tried]],
+        cuts: Sequence[float] = (),
     ) -> None:
         check_sampler(search)
         self._search = search
@@ -101,6 +103,7 @@ class SeededSampler(BaseSampler):
         self._moves = Moves(space.allocator)
         self._keep = keep
         self._tried = tried
+        self._cuts = cuts
         self._rises = Rises(space) if isinstance(space, MultiplierSpace) else None
         self._seeds = seeds
         self._on_start = on_start
@@ -175,7 +178,7 @@ class SeededSampler(BaseSampler):
             case "fitted":
                 assert isinstance(self._space, MultiplierSpace)  # check_sampler
                 assert self._rises is not None
-                return FittedSampler(self._space, self._rises, seed, self._tried, self._search.max_loss)
+                return FittedSampler(self._space, self._rises, seed, self._tried, self._search.max_loss, self._cuts)
             case "tpe":
                 # Optuna's own choice for two objectives, one parameter at a time, is many times slower.
                 return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=startup, seed=seed)
@@ -190,4 +193,4 @@ class SeededSampler(BaseSampler):
             case "random":
                 return RandomSampler(seed=seed)
             case "mutation":
-                return MutationSampler(self._space, self._moves, seed, self._keep, self._search.max_loss)
+                return MutationSampler(self._space, self._moves, seed, self._keep, self._search.max_loss, self._cuts)

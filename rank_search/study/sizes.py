@@ -18,6 +18,10 @@ _NARROW = 0.005
 """Apart in kept fraction, by less than which measurements say little about how the loss falls with the size."""
 _LEAST_LEFT = 0.3
 """Share of a measurement that its own line is taken to leave out at least: at the ends lines are mostly its own."""
+_SMOOTH = 4
+"""Power of the logarithm of the size up to which losses are smooth between jumps."""
+_DOUBT = 0.06
+"""Ridge on jumps, in measurements: the square of a loss's scatter (0.005) over that of a jump (0.02)."""
 _POWER = 4
 """Of the gain, by which sizes are drawn: nearly always one of the best, but not the same by all workers."""
 
@@ -29,21 +33,30 @@ class LossCurve:
 
     Args:
         kept, losses, weights: (n,), of what was measured.
+        cuts: kept fractions, ascending, above each of which models are made of other factors than up to it: losses may
+            jump there.
+
+    Attributes:
+        levelled: (n,), the losses without these jumps.
     """
 
-    def __init__(self, kept: Floats, losses: Floats, weights: Floats) -> None:
+    def __init__(self, kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float] = ()) -> None:
         self.kept = kept
         self.losses = losses
         self._weights = weights
+        self._cuts = np.array(cuts)
+        self._jumps = _jumps(kept, losses, weights, self._cuts)
+        self.levelled: Floats = losses - _above(kept, self._cuts) @ self._jumps
         own = _shares(kept, weights, kept) if len(kept) else np.zeros((0, 0))
         # As if every measurement were not there for its own line.
-        self._left_out = (losses - own @ losses) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
+        self._left_out = (self.levelled - own @ self.levelled) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
 
     def at(self, sizes: Floats) -> tuple[Floats, Floats]:
         """(s,) and (s,), nats per token, at kept fractions (s,); something must have been measured."""
         near = _kernel(self.kept, self._weights, sizes, _SPREAD_NEIGHBOURS)
         variance = near @ self._left_out**2 / near.sum(axis=1)
-        return _shares(self.kept, self._weights, sizes) @ self.losses, np.sqrt(variance)
+        smooth = _shares(self.kept, self._weights, sizes) @ self.levelled
+        return smooth + _above(sizes, self._cuts) @ self._jumps, np.sqrt(variance)
 
 
 def size_gains(curve: LossCurve, sizes: Floats, running: Sequence[float] = (), max_loss: float | None = None) -> Floats:
@@ -99,6 +112,25 @@ def draw_size(sizes: Floats, gains: Floats, random: np.random.Generator) -> floa
     step = sizes[1] - sizes[0]
     drawn = sizes[int(random.choice(len(sizes), p=chances / chances.sum()))] + random.uniform(-0.5, 0.5) * step
     return float(np.clip(drawn, sizes[0], sizes[-1]))
+
+
+def _above(sizes: Floats, cuts: Floats) -> Floats:
+    """(s, cuts), 1 where a size is above a cut."""
+    above: Floats = (sizes[:, None] > cuts[None, :]).astype(float)
+    return above
+
+
+def _jumps(kept: Floats, losses: Floats, weights: Floats, cuts: Floats) -> Floats:
+    """(cuts,), by how much losses jump at each, beside a smooth curve over the logarithm of the size."""
+    if not len(cuts) or len(kept) < 2:
+        return np.zeros(len(cuts))
+    x = np.log(kept)
+    x = (x - x.mean()) / max(float(x.std()), 1e-3)
+    design = np.column_stack([np.vander(x, _SMOOTH + 1, increasing=True), _above(kept, cuts)])
+    priors = np.diag([1e-9, 1e-3, *[_DOUBT] * (_SMOOTH - 1), *[_DOUBT] * len(cuts)])
+    found = np.linalg.solve(design.T @ (weights[:, None] * design) + priors, design.T @ (weights * losses))
+    jumps: Floats = found[_SMOOTH + 1 :]
+    return jumps
 
 
 def _kernel(kept: Floats, weights: Floats, sizes: Floats, neighbours: float) -> Floats:

@@ -19,6 +19,7 @@ from rank_search.errors import (
 )
 from rank_search.front import Front
 from rank_search.measurement import Measurement
+from rank_search.ranges import bank_cuts
 from rank_search.ranks import RankMap
 from rank_search.spec import StudySpec
 from rank_search.stop_rules import StopRules
@@ -160,7 +161,9 @@ class Study:
             with exclusive(store.engine):
                 _create_or_check(store, spec, facts)
                 evidence = Evidence(store.engine, spec.name)
-                optuna_study = OptunaStudy(store.engine.url, spec.search, spec.name, space, seeds, evidence)
+                optuna_study = OptunaStudy(
+                    store.engine.url, spec.search, spec.name, space, seeds, evidence, bank_cuts(spec, allocator.space)
+                )
                 opened.enter_context(closing(optuna_study))
                 optuna_study.prepare(spec.digest, given)
                 study = cls(spec, allocator, space, store, optuna_study, patience, spool)

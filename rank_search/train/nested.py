@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,22 +27,6 @@ from rank_search.spec import FinetuneSpec, SearchSpec
 from rank_search.task import Examples
 from rank_search.train.checkpoints import Checkpoint
 from rank_search.train.finetune import Group, factor_groups, fused_if_worth_it, train_steps
-
-
-def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
-    """Ranges of kept fractions, ascending, each as many times larger than the one before; none reaches below
-    ``least``, that of the smallest ranks."""
-    low = max(search.min_kept, least)
-    ends = np.geomspace(low, max(search.max_kept, low), count + 1).tolist()
-    return list(pairwise(ends))
-
-
-def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
-    """Steps of every range's fine-tune, about ``mean`` of them on average, to two digits: more where more is removed,
-    for what has lost more takes longer to mend, in proportion to 3 + the share of the target layers that the middle of
-    the range lacks."""
-    weights = np.array([4 - (low + high) / 2 for low, high in ranges])
-    return [max(1, round(float(f"{steps:.2g}"))) for steps in (mean * weights / weights.mean()).tolist()]
 
 
 def sampled_rank_maps(

@@ -14,12 +14,11 @@ from rank_search.compress.nested_linear import NestedLinear
 from rank_search.errors import NonFiniteLossError, TrialError
 from rank_search.measurement import Fidelity
 from rank_search.preparing import Prepared, prepare
+from rank_search.ranges import bank_cuts, kept_ranges, shared_steps
 from rank_search.spec import FinetuneSpec, SearchSpec, load_study_file
 from rank_search.train.nested import (
-    kept_ranges,
     nested_finetune,
     sampled_rank_maps,
-    shared_steps,
 )
 from rank_search.trial import Evaluator
 from tests.conftest import StudyFactory
@@ -203,6 +202,13 @@ def test_rank_maps_of_the_steps_cover_the_range(prepared: Prepared) -> None:
     assert max(kept) <= 0.6
     assert len({draw(index).digest for index in range(40)}) == 22
     assert draw(7) == draw(7)
+
+
+def test_a_search_knows_where_the_factors_of_another_range_begin(prepared: Prepared, tiny_study: StudyFactory) -> None:
+    assert bank_cuts(prepared.spec, prepared.space) == prepared.trial_banks.tops[:-1]
+    assert len(prepared.trial_banks.tops) == 2
+    own = load_study_file(tiny_study(finetune={"steps": 1})).spec
+    assert bank_cuts(own, prepared.space) == ()
 
 
 def test_ranges_meet_and_cover_what_the_study_proposes() -> None:

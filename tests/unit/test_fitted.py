@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from rank_search.allocation import Allocator, Floats
 from rank_search.errors import StudyFileError
+from rank_search.ranges import bank_cuts
 from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.spec import parse_study
+from rank_search.study import fitted as fitted_module
+from rank_search.study import mutation as mutation_module
 from rank_search.study.fitting import LEAST, MultiplierFit
 from rank_search.study.samplers import check_sampler
+from rank_search.study.sizes import LossCurve
 from rank_search.study.space import MultiplierSpace
 from rank_search.study.study import Study
 from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure
@@ -125,6 +131,31 @@ def run(study: Study, allocator: Allocator, loss: Loss, count: int) -> list[Rank
         study.tell(proposal, measure(proposal.rank_map, loss(proposal.rank_map), allocator=allocator))
         measured.append(proposal.rank_map)
     return measured
+
+
+@pytest.mark.parametrize(
+    ("sampler", "space", "module"), [("fitted", "multipliers", fitted_module), ("mutation", "direct", mutation_module)]
+)
+@pytest.mark.parametrize("mode", ["own", "nested"])
+def test_samplers_are_told_where_the_factors_of_another_nested_fine_tune_begin(
+    tmp_path: Path, allocator: Allocator, monkeypatch: pytest.MonkeyPatch,
+    sampler: str, space: str, module: ModuleType, mode: str,
+) -> None:  # fmt: skip
+    told: list[tuple[float, ...]] = []
+
+    def spy(kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float]) -> LossCurve:
+        told.append(tuple(cuts))
+        return LossCurve(kept, losses, weights, cuts)
+
+    monkeypatch.setattr(module, "LossCurve", spy)
+    search = {"sampler": sampler, "space": space, "seeds": ["closed-form"], "ladder": [0.5]}
+    tables = {**make_spec(**search).model_dump(mode="json"), "finetune": {"mode": mode}}
+    spec = parse_study(tables, where="test")
+    study = Study.open(spec, f"sqlite:///{tmp_path}/study.db", allocator, make_facts(allocator))
+    run(study, allocator, off_by(allocator, {"attn": 1.0, "mlp": 1.0}), 3)
+    study.close()
+    assert set(told) == {bank_cuts(spec, allocator.space)}
+    assert len(told[0]) == (4 if mode == "nested" else 0)
 
 
 def test_a_study_repeats_itself_and_no_rank_map(tmp_path: Path, allocator: Allocator) -> None:

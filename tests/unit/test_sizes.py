@@ -76,6 +76,25 @@ def test_what_counts_little_moves_it_little_and_scatter_is_seen_where_it_is() ->
     assert 0.001 < large.mean() < 0.004
 
 
+def test_where_other_factors_begin_losses_may_jump() -> None:
+    random = np.random.default_rng(0)
+    kept = np.linspace(0.3, 0.9, 60)
+    losses = 4 - kept + 0.03 * (kept > 0.6) + random.normal(0, 1e-3, 60)
+    told, blind = LossCurve(kept, losses, np.ones(60), (0.6,)), LossCurve(kept, losses, np.ones(60))
+    beside = np.abs(SIZES - 0.6) < 0.02
+    truth = (4 - SIZES + 0.03 * (SIZES > 0.6))[beside]
+    assert np.abs(told.at(SIZES)[0][beside] - truth).max() < 4e-3 < np.abs(blind.at(SIZES)[0][beside] - truth).max()
+    assert told.at(SIZES)[1][beside].max() < 2e-3 < blind.at(SIZES)[1][beside].max()
+    assert told.levelled == pytest.approx(4 - kept, abs=6e-3)
+    assert blind.levelled == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_jump_that_nothing_was_measured_of_is_none(count: int) -> None:
+    kept = np.linspace(0.4, 0.5, count)
+    assert LossCurve(kept, 4 - kept, np.ones(count), (0.6, 0.7)).levelled == pytest.approx(4 - kept)
+
+
 def test_one_measurement_is_enough_to_go_on_from() -> None:
     expected, spread = LossCurve(np.array([0.5]), np.array([3.0]), np.array([1.0])).at(SIZES)
     assert expected == pytest.approx(3.0)

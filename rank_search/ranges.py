@@ -1,0 +1,36 @@
+"""Ranges of kept fractions, each of which has a nested fine-tune. Pure: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from rank_search.ranks import RankSpace
+from rank_search.search_spec import SearchSpec
+from rank_search.spec import StudySpec
+
+
+def kept_ranges(search: SearchSpec, count: int, least: float) -> list[tuple[float, float]]:
+    """Ranges of kept fractions, ascending, each as many times larger than the one before; none reaches below
+    ``least``, that of the smallest ranks."""
+    low = max(search.min_kept, least)
+    ends = np.geomspace(low, max(search.max_kept, low), count + 1).tolist()
+    return list(pairwise(ends))
+
+
+def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
+    """Steps of every range's fine-tune, about ``mean`` of them on average, to two digits: more where more is removed,
+    for what has lost more takes longer to mend, in proportion to 3 + the share of the target layers that the middle of
+    the range lacks."""
+    weights = np.array([4 - (low + high) / 2 for low, high in ranges])
+    return [max(1, round(float(f"{steps:.2g}"))) for steps in (mean * weights / weights.mean()).tolist()]
+
+
+def bank_cuts(spec: StudySpec, space: RankSpace) -> tuple[float, ...]:
+    """Kept fractions, ascending, above each of which a study's trials slice other factors than up to it."""
+    if spec.finetune.mode != "nested":
+        return ()
+    ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, space.min_params / space.dense_params)
+    return tuple(high for _, high in ranges[:-1])
