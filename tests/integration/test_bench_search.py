@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rank_search.spec import load_study_file
 from tests.conftest import StudyFactory
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -193,3 +194,11 @@ def test_a_search_is_told_by_when_it_had_what_others_end_with(monkeypatch: pytes
     late = [row for row in rows("study", 0.9, 0.9, 0.9) if (row["seed"], row["gpu_seconds"]) != (1, 5.0)]
     (line,) = overtakings([*rows("svd-tpe", 0.1, 0.2, 0.4), *late], "study")
     assert "by 20 of 100 s" in line, "a checkpoint that one seed has not reached is none of the mean"
+
+
+def test_kept_rows_can_be_gone_on_from() -> None:
+    study = Path(__file__).resolve().parents[2] / "studies" / "smollm2-135m-wikitext2"
+    digest = load_study_file(study / "search.toml").spec.digest[:12]
+    kept = sorted((study / "experiments" / "search").glob("*.jsonl"))
+    assert kept
+    assert {records(path)[0]["protocol"]["study"] for path in kept} == {digest}
