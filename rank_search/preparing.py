@@ -27,7 +27,7 @@ from rank_search.model.load import LoadedModel, load_model
 from rank_search.model.memory import in_halves_if_needed
 from rank_search.model.targets import Target, find_targets, rank_space, told_of_other_matrices
 from rank_search.progress import SILENT, Progress
-from rank_search.ranges import kept_ranges, shared_steps
+from rank_search.ranges import ranges_of, shared_steps
 from rank_search.ranks import RankSpace
 from rank_search.spec import FinetuneSpec, StudyFile, StudySpec
 from rank_search.task import Examples
@@ -193,8 +193,7 @@ def _nested_banks(
     """
     spec = study.spec
     allocator = Allocator(space, bank.tails())
-    least = space.min_params / space.dense_params
-    ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, least)
+    ranges = ranges_of(spec, space)
     steps = shared_steps(ranges, spec.finetune.nested_steps)
     examples = Examples.of(loaded.task, splits.train.columns)
     factors = {target.name: bank[target.name] for target in targets}

@@ -28,9 +28,13 @@ def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
     return [max(1, round(float(f"{steps:.2g}"))) for steps in (mean * weights / weights.mean()).tolist()]
 
 
+def ranges_of(spec: StudySpec, space: RankSpace) -> list[tuple[float, float]]:
+    """Those of a study in nested mode, on the target layers of its model."""
+    return kept_ranges(spec.search, spec.finetune.nested_ranges, space.min_params / space.dense_params)
+
+
 def bank_cuts(spec: StudySpec, space: RankSpace) -> tuple[float, ...]:
     """Kept fractions, ascending, above each of which a study's trials slice other factors than up to it."""
     if spec.finetune.mode != "nested":
         return ()
-    ranges = kept_ranges(spec.search, spec.finetune.nested_ranges, space.min_params / space.dense_params)
-    return tuple(high for _, high in ranges[:-1])
+    return tuple(high for _, high in ranges_of(spec, space)[:-1])

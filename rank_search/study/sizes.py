@@ -127,6 +127,7 @@ def _jumps(kept: Floats, losses: Floats, weights: Floats, cuts: Floats) -> Float
     x = np.log(kept)
     x = (x - x.mean()) / max(float(x.std()), 1e-3)
     design = np.column_stack([np.vander(x, _SMOOTH + 1, increasing=True), _above(kept, cuts)])
+    # Level and slope are free, or nearly so.
     priors = np.diag([1e-9, 1e-3, *[_DOUBT] * (_SMOOTH - 1), *[_DOUBT] * len(cuts)])
     found = np.linalg.solve(design.T @ (weights[:, None] * design) + priors, design.T @ (weights * losses))
     jumps: Floats = found[_SMOOTH + 1 :]

@@ -191,12 +191,13 @@ class MultiplierSpace:
     def decode(self, params: Mapping[str, float]) -> RankMap:
         """Allocate the budget under the multipliers; what a sampler has just tried is not computed again."""
         kept, uniformity, *values = wanted = tuple(params[name] for name in ("kept", "uniformity", *self._terms))
-        if self._last is None or self._last[0] != wanted:
+        last = self._last
+        if last is None or last[0] != wanted:
             shapes = self.allocator.space.shapes
             total = sum((u * term for u, term in zip(values, self._terms.values(), strict=True)), np.zeros(len(shapes)))
             multipliers = {shape.name: float(u) for shape, u in zip(shapes, total, strict=True)}
-            self._last = wanted, self.allocator.blend(kept, uniformity**3, multipliers)
-        return self._last[1]
+            self._last = last = wanted, self.allocator.blend(kept, uniformity**3, multipliers)
+        return last[1]
 
     def encode(self, seed: Seed) -> Params:
         """All multipliers zero: exactly the seed's rank map."""
