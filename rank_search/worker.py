@@ -79,7 +79,6 @@ def work(
     study.set_stop_reason(None)
     effort = _effort(study, rules)
     heeding = Heeding(study, progress)
-    measured = 0
 
     def reason_to_stop() -> str | None:
         return heeding.stop_reason() or stop_reason(study, trials, rules, effort, heeding.now() - started)
@@ -96,9 +95,7 @@ def work(
             on_outcome(outcome)
             reasons = _failures_in_a_row(reasons, outcome)
             effort = _effort(study, rules)
-            measured += 1
-            if measured.bit_count() == 1:  # after 1, 2, 4, 8, ... trials: what they compile and find out stays, too
-                settle()
+            settle()
     study.set_stop_reason(stop)
     return stop
 

@@ -28,7 +28,7 @@ from rank_search.factors.decompose import Factors
 from rank_search.model.device import synchronize
 from rank_search.preparing import Prepared, prepare
 from rank_search.progress import Progress, Step
-from rank_search.ranges import kept_ranges
+from rank_search.ranges import ranges_of
 from rank_search.spec import FinetuneSpec, load_study_file
 from rank_search.task import Examples
 from rank_search.train.capture import EAGER_STEPS
@@ -136,8 +136,7 @@ def _train_nested(
     stamps: Stamps,
 ) -> None:  # fmt: skip
     """In the range that holds ``kept``."""
-    search, least = prepared.spec.search, prepared.space.min_params / prepared.space.dense_params
-    ranges = kept_ranges(search, spec.nested_ranges, least)
+    search, ranges = prepared.spec.search, ranges_of(prepared.spec, prepared.space)
     drawn = ranges[TrialBanks.place([high for _, high in ranges], kept)]
     nested_finetune(
         prepared.model, prepared.targets, factors,

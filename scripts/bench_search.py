@@ -183,8 +183,7 @@ class Bench:
                 more = {"state": state, **confirmed.told}
                 self._add(run, number, spent, rank_map, loss, "sliced" if nested else "tuned", more)
                 number += 1
-                if number.bit_count() == 1:
-                    settle()
+                settle()
 
     def _competitor(self, run: Run) -> Competitor:
         name, seed = run

@@ -110,7 +110,7 @@ class _Measured:
     curve: LossCurve
 
     @classmethod
-    def of(cls, tried: Sequence[Tried], rises: Rises, cuts: Sequence[float] = ()) -> _Measured:
+    def of(cls, tried: Sequence[Tried], rises: Rises, cuts: Sequence[float]) -> _Measured:
         """Of those that have a loss."""
         measured = [one for one in tried if one.loss is not None]
         kept, losses = (np.array([getattr(one, name) for one in measured], float) for name in ("kept", "loss"))

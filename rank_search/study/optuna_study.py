@@ -85,7 +85,7 @@ class OptunaStudy:
 
     def __init__(
         self, url: URL, search: SearchSpec, name: str, space: SearchSpace, seeds: tuple[Seed, ...], evidence: Evidence,
-        cuts: Sequence[float] = (),
+        cuts: Sequence[float],
     ) -> None:  # fmt: skip
         self._url = url
         self._space = space

@@ -95,7 +95,7 @@ class SeededSampler(BaseSampler):
         on_start: Callable[[FrozenTrial], None],
         keep: Callable[[FrozenTrial, RankMap], None],
         tried: Callable[[], Sequence[Tried]],
-        cuts: Sequence[float] = (),
+        cuts: Sequence[float],
     ) -> None:
         check_sampler(search)
         self._search = search
