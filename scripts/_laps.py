@@ -13,14 +13,30 @@ class PieceEndedError(Exception):
     """A run has spent its GPU-seconds, or the piece its time."""
 
 
+class Piece:
+    """What one call may take. It ends after a trial: one call after the other comes to the end, however short."""
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._has_measured = False
+
+    def count(self) -> None:
+        """A trial is measured."""
+        self._has_measured = True
+
+    def is_over(self) -> bool:
+        """Its time has passed, and something was measured."""
+        return self._has_measured and time.monotonic() >= self._deadline
+
+
 class Laps:
     """GPU-seconds of a study's run, lap by lap."""
 
-    def __init__(self, clock: Clock, spent: float, limit: float, deadline: float) -> None:
+    def __init__(self, clock: Clock, spent: float, limit: float, piece: Piece) -> None:
         self._clock = clock
         self._spent = spent
         self._limit = limit
-        self._deadline = deadline
+        self._piece = piece
         self._started = 0.0
 
     def start(self) -> None:
@@ -40,10 +56,11 @@ class Laps:
 
     def is_over(self) -> bool:
         """Nothing is left of the run or of the piece."""
-        return self._spent >= self._limit or time.monotonic() >= self._deadline
+        return self._spent >= self._limit or self._piece.is_over()
 
     def check(self) -> None:
-        """Leave the study's loop when it is over; what the keeping took is not counted."""
+        """After a trial, leave the study's loop when it is over; what the keeping took is not counted."""
+        self._piece.count()
         if self.is_over():
             raise PieceEndedError
         self._started = self._clock()

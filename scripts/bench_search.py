@@ -26,7 +26,8 @@ trial, the nested fine-tune of a range of sizes with the first trial in it.
 Seeds draw the sampling and the order of the training blocks; nested fine-tunes are those of the study's own seed.
 GPU-seconds are those that pass; on a CPU, which other processes may share, they are the processor time of this process.
 
-Every trial is appended to ROWS.jsonl at once. A call ends after --piece-seconds, and the same call goes on from there.
+Every trial is appended to ROWS.jsonl at once. A call ends with the first trial after --piece-seconds, and the same call
+goes on from there.
 Where --rows is a folder, calls of other competitors or seeds have files of their own in it, so that several may run at
 once, and --merge takes the whole folder. On a GPU one fine-tune that nobody counts comes first, for what is compiled;
 nested fine-tunes count what is compiled for them.
@@ -55,7 +56,7 @@ from pathlib import Path
 from _bench import environment, evaluator_with, with_work_dir
 from _competitors import Competitor, Evolution, FiveTypes, Ladder, PlainOptuna, Told, plain_svd
 from _confirming import Confirmation
-from _laps import Clock, Laps, PieceEndedError
+from _laps import Clock, Laps, Piece, PieceEndedError
 from _ranges import Ranges, seconds_of_ranges
 from _run import run_script
 from _search_rows import Protocol, Record, RecordFile, Run, merged, report
@@ -88,11 +89,11 @@ def main() -> None:
     if args.merge:
         report(*merged(_row_files(args.merge)), args.json, args.plot)
         return
-    deadline = time.monotonic() + args.piece_seconds
+    piece = Piece(args.piece_seconds)
     bench = Bench(load_study_file(args.study), args)
     with quiet():
         for run in args.runs:
-            bench.go_on(run, deadline)
+            bench.go_on(run, piece)
     report(bench.file.records, bench.protocol, args.json, args.plot)
     left = [f"{name} {seed}" for name, seed in args.runs if not bench.is_done((name, seed))]
     print(f"not done yet: {', '.join(left)}; run again" if left else "all runs are done")
@@ -140,13 +141,13 @@ class Bench:
         trials = self.file.trials(run)
         return self.file.has_ended(run) or bool(trials and trials[-1]["gpu_seconds"] >= self.protocol.gpu_seconds)
 
-    def go_on(self, run: Run, deadline: float) -> None:
+    def go_on(self, run: Run, piece: Piece) -> None:
         """Search until all is done or the piece's time is over."""
-        if self.is_done(run) or time.monotonic() >= deadline:
+        if self.is_done(run) or piece.is_over():
             return
         self._warm_up()
         search = self._search_simple if run[0] in SIMPLE else self._search_study
-        search(run, deadline)
+        search(run, piece)
 
     def _warm_up(self) -> None:
         """On a GPU, what the first fine-tune of a process compiles belongs to no competitor."""
@@ -158,7 +159,7 @@ class Bench:
 
     # Competitors that ask and tell
 
-    def _search_simple(self, run: Run, deadline: float) -> None:
+    def _search_simple(self, run: Run, piece: Piece) -> None:
         competitor = self._competitor(run)
         trials = self.file.trials(run)
         competitor.restore([Told(self._rank_map(t), t["loss"], t["num_params"], t["state"]) for t in trials])
@@ -171,7 +172,7 @@ class Bench:
         self._end_if_spent(run, spent)
         number = len(trials)
         with sparing_the_collector() as settle:  # as a study's worker does
-            while spent < self.protocol.gpu_seconds and time.monotonic() < deadline:
+            while spent < self.protocol.gpu_seconds and not piece.is_over():
                 started = self._clock()
                 rank_map = competitor.propose()
                 if competitor.factors == "svd":
@@ -183,6 +184,7 @@ class Bench:
                 more = {"state": state, **confirmed.told}
                 self._add(run, number, spent, rank_map, loss, "sliced" if nested else "tuned", more)
                 number += 1
+                piece.count()
                 settle()
 
     def _competitor(self, run: Run) -> Competitor:
@@ -219,7 +221,7 @@ class Bench:
 
     # Studies
 
-    def _search_study(self, run: Run, deadline: float) -> None:
+    def _search_study(self, run: Run, piece: Piece) -> None:
         spec = self._study_spec(run)
         nested = spec.finetune.mode == "nested"
         made = self._sliced() if nested else self._prepared
@@ -241,7 +243,7 @@ class Bench:
         spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=True)
         self._end_if_spent(run, spent)
         ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials], is_sliced=nested)
-        clock = Laps(self._clock, spent, self.protocol.gpu_seconds, deadline)
+        clock = Laps(self._clock, spent, self.protocol.gpu_seconds, piece)
         look = self._confirmation(prepared, trials)
 
         def keep(outcome: Outcome) -> None:

@@ -18,6 +18,7 @@ from rank_search.launch.stopping import Stopping, end_with_supervisor
 from rank_search.progress import Preempted
 from rank_search.study.patience import Patience
 from tests.contract.synthetic import make_allocator, measure, open_study
+from tests.waiting import until
 
 
 def main(trials: int, seconds: float, ill: str = "") -> int:
@@ -50,6 +51,8 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
                 if ill.startswith("killed once") and not (marker := Path(ill.split(":", 1)[1])).exists():
                     marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
+                if ill.startswith("in pairs"):
+                    _wait_for_another(Path(ill.split(":", 1)[1]))
                 time.sleep(seconds)
             except BaseException:
                 study.requeue(proposal)
@@ -61,6 +64,13 @@ def main(trials: int, seconds: float, ill: str = "") -> int:
             stopping.after_trial()
     study.close()
     return exits.DONE
+
+
+def _wait_for_another(folder: Path) -> None:
+    """Until another worker has a trial, too: however late it started, it shares the study."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    until(lambda: len(list(folder.iterdir())) > 1)
 
 
 if __name__ == "__main__":

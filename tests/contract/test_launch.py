@@ -87,7 +87,7 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_share_the_trials_of_a_study(storage: str, tmp_path: Path) -> None:
-    launch = Launch(storage, tmp_path, trials=8)
+    launch = Launch(storage, tmp_path, trials=8, ill=f"in pairs:{tmp_path / 'pairs'}")
     assert launch.run() == exits.DONE
     assert [worker.state for worker in launch.workers] == ["done", "done"]
     assert launch.states().count(State.COMPLETE) in {8, 9}
