@@ -70,7 +70,7 @@ class FittedSampler(WholeSpaceSampler):
         allowed = search_space.get("kept", self._space.distributions["kept"])
         assert isinstance(allowed, FloatDistribution)
         tried = self._tried()
-        measured = _Measured.of(tried, self._rises, self._cuts)
+        measured = self._measured([one for one in tried if one.loss is not None])
         sizes = size_grid(allowed.low, allowed.high)
         running = [self._rises.kept_of(one) for one in tried if one.loss is None]
         gains = size_gains(measured.curve, sizes, running, self._max_loss)
@@ -82,11 +82,15 @@ class FittedSampler(WholeSpaceSampler):
                 break
         return {name: params[name] for name in search_space}
 
-    def _fit(self, measured: _Measured) -> MultiplierFit:
-        terms, curve = self._space.terms, measured.curve
+    def _measured(self, tried: Sequence[Tried]) -> Measured:
+        kept, losses = (np.array([getattr(one, name) for one in tried], float) for name in ("kept", "loss"))
+        return Measured.of(*self._rises.of(tried), kept, losses, self._cuts)
+
+    def _fit(self, measured: Measured) -> MultiplierFit:
+        terms, kept = self._space.terms, self._space.distributions["kept"]
+        assert isinstance(kept, FloatDistribution)
         matrix = np.array(list(terms.values())).reshape(len(terms), len(self._space.allocator.space.shapes))
-        spread = curve.at(curve.kept)[1] if len(curve.kept) else curve.kept
-        return MultiplierFit(matrix, measured.rises, measured.closed, curve.kept, curve.levelled, spread)
+        return measured.fit(matrix, kept.low, kept.high)
 
     def _drawn(self, kept: float, multipliers: Floats, count: int) -> Params:
         """Multipliers a little off those given, the less the more was measured."""
@@ -97,25 +101,31 @@ class FittedSampler(WholeSpaceSampler):
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
-    """What was measured.
+class Measured:
+    """What was measured, as far as fits go by it.
 
     Attributes:
         rises, closed: (n, layers), predicted rises, and those of the closed form at the same sizes.
         curve: of the losses, of which those near the closed form tell most.
+        cuts: as for :class:`LossCurve`.
     """
 
     rises: Floats
     closed: Floats
     curve: LossCurve
+    cuts: Sequence[float]
 
     @classmethod
-    def of(cls, tried: Sequence[Tried], rises: Rises, cuts: Sequence[float]) -> _Measured:
-        """Of those that have a loss."""
-        measured = [one for one in tried if one.loss is not None]
-        kept, losses = (np.array([getattr(one, name) for one in measured], float) for name in ("kept", "loss"))
-        known, closed = rises.of(measured)
-        return cls(known, closed, LossCurve(kept, losses, nearness(known, closed) + _UNLIKE, cuts))
+    def of(cls, rises: Floats, closed: Floats, kept: Floats, losses: Floats, cuts: Sequence[float]) -> Measured:
+        """Of rank maps by their kept fractions (n,) and losses (n,)."""
+        return cls(rises, closed, LossCurve(kept, losses, nearness(rises, closed) + _UNLIKE, cuts), cuts)
+
+    def fit(self, terms: Floats, low: float, high: float) -> MultiplierFit:
+        """Multipliers of terms (t, layers), for sizes between two kept fractions."""
+        curve = self.curve
+        spread = curve.at(curve.kept)[1] if len(curve.kept) else curve.kept
+        ends = (low, *(cut for cut in self.cuts if low < cut < high), high)
+        return MultiplierFit(terms, self.rises, self.closed, curve.kept, curve.levelled, spread, ends)
 
 
 class Rises:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import numpy as np
 
-from rank_search.allocation import Floats
+from rank_search.allocation import Floats, Ints
 
 LEAST = 5
 """Losses before anything is fitted."""
 
-_BANDWIDTH = 0.12
-"""Width in kept fraction of the neighbourhood in which a loss is compared; wider where trials lie sparsely."""
-_NEIGHBOURS = 6
-"""Trials that a neighbourhood holds at least."""
 _FAR = 0.08
 """Excess of predicted rise, as a share of the closed form's, at which a rank map counts 1/e: what holds near the closed
 form is wanted."""
-_REACH = 0.25
-"""Distance in the logarithm of the kept fraction over which what is off carries."""
 _SUREST = 0.3
 """Of the median scatter, the least that any is taken for."""
-_TRUST = 0.5
+_COMMON = 1.2
 """Prior deviation of the factor, 1 by the closed form, that all predicted rises are off by."""
-_PRIOR = 0.4
+_TERM = 0.4
 """Prior deviation, around 0, of what a term adds to that factor."""
+_SCALES = (0.1, 1.0)
+"""Of these variances, between which the losses choose; ..."""
+_NOISES = (0.1, 0.2, 0.4, 0.7)
+"""... of what is no rank map's own, as shares of what a smooth curve over the size leaves of the losses; ..."""
+_SHARES = ((0.5, 0.3, 0.2), (0.3, 0.2, 0.5))
+"""... and of what factors have in common at all sizes, in a range of them, and at about one place in it."""
+_PLACE = 0.25
+"""Width of a place, of its range."""
+_SMOOTH = 0.5
+"""Distance in the logarithm of the kept fraction over which losses are smooth, ..."""
+_BEND = 0.15
+"""... and that over which they may bend or jump by little in a range of their own."""
+_BENDS = 3.0
+"""Deviation of such bends, of what a smooth curve leaves."""
+_JUDGES = 96
+"""Losses by which the choice is made, at most."""
 _LEAST_FACTOR = 0.3
-"""Of the common factor, which multipliers are in proportion to."""
+"""Of the mean factor, which multipliers are in proportion to."""
 _CLIP = (0.5, 2.0)
-"""Least and largest factor of a layer over the common one."""
-_ROUNDS = 3
-"""Of estimating the residual's variance and the factors from each other."""
+"""Least and largest factor of a layer over the mean one."""
 
 
 def nearness(rises: Floats, closed: Floats) -> Floats:
@@ -48,10 +59,12 @@ class MultiplierFit:
 
     To first order around the closed form, a rank map's loss is a smooth function of its size plus the slope of the loss
     over the predicted rise times Σ_l c_l Δ_l. Δ_l is what layer l's predicted rise differs by from the closed form's at
-    the same size. The factors c_l = h + Σ_t terms[t, l] v_t are 1 where the closed form is right. A partially linear
-    regression (Speckman, "Kernel smoothing in partial linear models", 1988) takes the function of size out of both
-    sides, so that trials are compared with those of about their size alone, and h and v are estimated by ridge
-    regression towards 1 and 0. The best allocation under factors c is the closed form with multipliers log(c_l / h).
+    the same size. The factors c_l = h + Σ_t terms[t, l] v_t are 1 where the closed form is right. The function of size,
+    h and v are drawn from a Gaussian process (Rasmussen and Williams, "Gaussian processes for machine learning", 2006,
+    chapters 2 and 5). h and v may differ from one range of sizes to the next, and from the bottom of a range to its
+    top: a nested fine-tune trains the ranks that only the largest models of its range have less often than others. The
+    scale of the parts is that which makes the losses likeliest. The best allocation under factors c is the closed form
+    with multipliers log(c_l / mean c).
 
     Args:
         terms: (t, layers), what each multiplier adds to the u of every layer.
@@ -60,35 +73,96 @@ class MultiplierFit:
         kept: (n,), kept fractions of the target layers.
         losses: (n,), measured, nats per token, without the jumps that are not the rank maps' own (:class:`LossCurve`).
         spread: (n,), by how much losses of about that size scatter; what scatters less says more.
+        ends: kept fractions, ascending, between each two of which a range lies.
     """
 
     def __init__(
-        self, terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats, spread: Floats
-    ) -> None:
+        self, terms: Floats, rises: Floats, closed: Floats, kept: Floats, losses: Floats, spread: Floats,
+        ends: Sequence[float],
+    ) -> None:  # fmt: skip
         self._terms = terms
-        self._kept = kept
         self._known = len(losses) >= LEAST and len(terms) > 0
         if not self._known:
             return
-        moved, self._weights = _moved(rises, closed), nearness(rises, closed)
-        slopes = _slopes(_totals(closed), losses, self._weights)
-        design = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
-        others = np.eye(len(losses)) - _smoother(kept, self._weights)
-        self._x, self._y = others @ design, others @ losses
-        middle = float(np.median(spread)) + 1e-12
-        self._sure: Floats = (middle / np.maximum(spread, _SUREST * middle)) ** 2
+        self._ends = np.log(np.array(ends))
+        self._kept = np.log(kept)
+        moved, weights = _moved(rises, closed), nearness(rises, closed) + 1e-6
+        slopes: Floats = _slopes(_totals(closed), losses, weights)
+        self._moves = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
+        # What h = 1 and v = 0 leave.
+        unexplained = losses - self._moves[:, 0]
+        unexplained = unexplained - np.average(unexplained, weights=weights)
+        scatter = np.maximum(spread / (float(np.median(spread)) + 1e-12), _SUREST)
+        self._prior: Floats = np.array([_COMMON, *[_TERM] * len(terms)]) ** 2
+        self._fit(unexplained, scatter, weights)
+
+    def _fit(self, losses: Floats, scatter: Floats, weights: Floats) -> None:
+        """Choose the scale of every part, and solve for what each loss says."""
+        left, noise = _left_of_smooth(self._kept, losses, scatter, weights), scatter**2 / weights
+        of_size = self._of_size(losses, left)
+        judges = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _JUDGES)).astype(int))
+        among = np.ix_(judges, judges)
+        covariances = {shares: self._covariance(shares) for shares in _SHARES}
+        best = -np.inf
+        for shares, scale, level in product(_SHARES, _SCALES, _NOISES):
+            among_these = of_size[among] + scale * covariances[shares][among]
+            among_these[np.diag_indices(len(judges))] += (level * left) ** 2 * noise[judges]
+            likely = _log_likelihood(among_these, losses[judges]) - 0.5 * np.log(scale) ** 2
+            if likely > best:
+                best, self._shares, self._scale, variance = likely, shares, scale, (level * left) ** 2 * noise
+        whole = of_size + self._scale * covariances[self._shares] + np.diag(variance)
+        self._said: Floats = np.asarray(np.linalg.solve(whole, losses), dtype=np.float64)
 
     def at(self, kept: float) -> Floats:
-        """(t,), multipliers for a size, by what was measured of about that size above all; all 0 where fewer than
+        """(t,), multipliers for a size, by what was measured about there above all; all 0 where fewer than
         :data:`LEAST` losses are known."""
         if not self._known:
             return np.zeros(len(self._terms))
-        near = self._weights * np.exp(-0.5 * (np.log(self._kept / kept) / _REACH) ** 2)
+        factors = self.factors(kept)
+        relative: Floats = np.clip(factors / max(float(factors.mean()), _LEAST_FACTOR), *_CLIP)
+        found = np.linalg.lstsq(self._terms.T, np.log(relative), rcond=None)[0]
+        return np.asarray(found, dtype=np.float64)
+
+    def factors(self, kept: float) -> Floats:
+        """(layers,), the c_l of a size."""
+        if not self._known:
+            return np.ones(self._terms.shape[1])
+        alike = self._alike(np.array([np.log(kept)]), self._shares)[0]
         # By how much h and v are off from 1 and 0.
-        off = _ridge(self._x, self._y - self._x[:, 0], near * self._sure, float(near.sum()))
-        factors = np.clip(1 + off[1:] @ self._terms / max(1 + off[0], _LEAST_FACTOR), *_CLIP)
-        found: Floats = np.linalg.lstsq(self._terms.T, np.log(factors), rcond=None)[0]
-        return found
+        off = self._scale * self._prior * (self._moves.T @ (self._said * alike))
+        factors: Floats = 1 + off[0] + off[1:] @ self._terms
+        return factors
+
+    def _covariance(self, shares: tuple[float, float, float]) -> Floats:
+        """(n, n), of what h and v add to the losses."""
+        covariance: Floats = (self._moves * self._prior) @ self._moves.T * self._alike(self._kept, shares)
+        return covariance
+
+    def _alike(self, sizes: Floats, shares: tuple[float, float, float]) -> Floats:
+        """(s, n), correlation of h and v at logarithms of sizes with those at what was measured."""
+        (one, one_place), (other, other_place) = self._places(sizes), self._places(self._kept)
+        always, in_range, at_place = shares
+        near = np.exp(-0.5 * ((one_place[:, None] - other_place) / _PLACE) ** 2)
+        alike: Floats = always + (one[:, None] == other) * (in_range + at_place * near)
+        return alike
+
+    def _places(self, sizes: Floats) -> tuple[Ints, Floats]:
+        """The range of every size, and how far up in it the size lies: from 0 to 1."""
+        number: Ints = np.clip(np.searchsorted(self._ends, sizes) - 1, 0, len(self._ends) - 2)
+        low, high = self._ends[number], self._ends[number + 1]
+        return number, (sizes - low) / np.maximum(high - low, 1e-9)
+
+    def _of_size(self, losses: Floats, left: float) -> Floats:
+        """(n, n), covariance of the function of size."""
+        apart = self._kept[:, None] - self._kept
+        number, _ = self._places(self._kept)
+        smooth = 1 + np.exp(-0.5 * (apart / _SMOOTH) ** 2)
+        bends = (number[:, None] == number) * np.exp(-0.5 * (apart / _BEND) ** 2)
+        variance = float(losses.var()) + 1e-12
+        covariance: Floats = 4 * variance * smooth + (_BENDS * left) ** 2 * bends
+        # So little that it stands for nothing, and enough for losses that lie on a curve exactly.
+        covariance[np.diag_indices(len(losses))] += 8e-9 * variance
+        return covariance
 
 
 def _totals(closed: Floats) -> Floats:
@@ -116,32 +190,16 @@ def _slopes(totals: Floats, losses: Floats, weights: Floats) -> Floats:
     return np.maximum(slopes, 1e-3)
 
 
-def _smoother(kept: Floats, weights: Floats) -> Floats:
-    """(n, n): takes losses to what a parabola through each one's neighbours in size says."""
-    apart = np.abs(kept[None, :] - kept[:, None])
-    place = min(len(kept) - 1, _NEIGHBOURS)
-    reach = np.partition(apart, place, axis=1)[:, place]
-    width = np.maximum(_BANDWIDTH, 1.2 * reach)[:, None]
-    w = np.exp(-0.5 * (apart / width) ** 2) * weights + 1e-12
-    powers = np.vander(kept - kept.mean(), 5, increasing=True)
-    moments = (w @ powers)[:, [[0, 1, 2], [1, 2, 3], [2, 3, 4]]] + np.diag([1e-12, 1e-9, 1e-9])
-    parabolas = powers[:, :3]
-    here = np.linalg.solve(moments, parabolas[:, :, None])[..., 0]
-    smoother: Floats = w * (here @ parabolas.T)
-    return smoother
+def _left_of_smooth(kept: Floats, losses: Floats, scatter: Floats, weights: Floats) -> float:
+    """Deviation of losses from a polynomial over the logarithm of the size, in proportion to their scatter."""
+    degree = min(4, len(losses) // 3)
+    powers = np.vander(kept - kept.mean(), degree + 1)
+    root = np.sqrt(weights) / scatter
+    left = losses - powers @ np.linalg.lstsq(root[:, None] * powers, root * losses, rcond=None)[0]
+    return float(np.sqrt(np.average((left / scatter) ** 2, weights=weights))) + 1e-9
 
 
-def _ridge(x: Floats, y: Floats, weights: Floats, count: float) -> Floats:
-    """Coefficients of the common factor and of every term; the residual's variance, of ``count`` trials, sets how far
-    priors count."""
-    precision: Floats = np.array([_TRUST, *[_PRIOR] * (x.shape[1] - 1)]) ** -2
-    squares: Floats = x.T @ (weights[:, None] * x)
-    found: Floats = np.zeros(x.shape[1])
-    residual: Floats = y
-    for _ in range(_ROUNDS):
-        freedom = max(count - 4, 1.0)
-        variance = max(float(weights @ residual**2) / freedom, 1e-10)
-        solution = np.linalg.solve(squares + np.diag(variance * precision), x.T @ (weights * y))
-        found = np.asarray(solution, dtype=np.float64)
-        residual = y - x @ found
-    return found
+def _log_likelihood(covariance: Floats, losses: Floats) -> float:
+    """Of losses under a Gaussian process, but for a constant."""
+    root = np.linalg.cholesky(covariance)
+    return float(-0.5 * np.square(np.linalg.solve(root, losses)).sum() - np.log(np.diagonal(root)).sum())

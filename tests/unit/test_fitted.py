@@ -35,7 +35,7 @@ def off_by(allocator: Allocator, factors: dict[str, float]) -> Loss:
 
 def fitted(
     allocator: Allocator, loss: Loss, *, trials: int = 40, at: float = 0.6,
-    spread: Callable[[Floats], Floats] = np.ones_like,
+    spread: Callable[[Floats], Floats] = np.ones_like, ends: Sequence[float] = (0.3, 0.95),
 ) -> dict[str, float]:  # fmt: skip
     """What is fitted to the losses of rank maps near the closed form, for the size ``at``."""
     space, random = MultiplierSpace(make_spec().search, allocator), np.random.default_rng(0)
@@ -51,7 +51,7 @@ def fitted(
         for maps in (rank_maps, [allocator.closed_form(fraction) for fraction in kept])
     )
     losses = np.array([loss(m) for m in rank_maps])
-    found: Floats = MultiplierFit(terms, rises, closed, kept, losses, spread(kept)).at(at)
+    found: Floats = MultiplierFit(terms, rises, closed, kept, losses, spread(kept), ends).at(at)
     return dict(zip(space.terms, found.tolist(), strict=True))
 
 
@@ -97,20 +97,60 @@ def test_trials_of_about_the_size_count_most(allocator: Allocator) -> None:
     assert low["u.attn"] - low["u.mlp"] > high["u.attn"] - high["u.mlp"] + 0.2
 
 
-def test_losses_that_scatter_less_say_more(allocator: Allocator) -> None:
+def test_what_holds_at_the_bottom_of_a_range_is_not_carried_to_its_top(allocator: Allocator) -> None:
+    right, off = (off_by(allocator, {"attn": more, "mlp": 1.0}) for more in (1.0, 3.0))
+
+    def loss(rank_map: RankMap) -> float:
+        kept = allocator.space.kept_of_targets(rank_map)
+        closed, is_low = allocator.closed_form(kept), kept < 0.42 or 0.6 < kept < 0.75
+        return off(rank_map) - off(closed) + right(closed) if is_low else right(rank_map)
+
+    found = [fitted(allocator, loss, trials=200, at=kept, ends=(0.3, 0.6, 0.95)) for kept in (0.35, 0.57, 0.65, 0.92)]
+    low, top, next_low, next_top = (one["u.attn"] - one["u.mlp"] for one in found)
+    assert min(low, next_low) > 0.5
+    assert max(abs(top), abs(next_top)) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("at", "noisy"), [(0.45, lambda kept: (kept * 40).astype(int) % 2 == 0), (0.65, lambda kept: kept < 0.5)],
+    ids=["every second size", "small sizes"],
+)  # fmt: skip
+def test_losses_that_scatter_less_say_more(allocator: Allocator, at: float, noisy: Callable[[Floats], Floats]) -> None:
     exact, random = off_by(allocator, {"attn": 2.5, "mlp": 1.0}), np.random.default_rng(1)
 
     def scatter(kept: Floats) -> Floats:
-        return np.where(kept < 0.5, 0.1, 0.001)
+        return np.where(noisy(kept), 0.1, 0.001)
 
     def loss(rank_map: RankMap) -> float:
         return exact(rank_map) + float(random.normal() * scatter(np.array(allocator.space.kept_of_targets(rank_map))))
 
     def wrong(spread: Callable[[Floats], Floats]) -> float:
-        found = [fitted(allocator, loss, at=0.45, spread=spread) for _ in range(8)]
+        found = [fitted(allocator, loss, at=at, spread=spread) for _ in range(8)]
         return float(np.mean([abs(one["u.attn"] - one["u.mlp"] - np.log(2.5)) for one in found]))
 
     assert wrong(scatter) < 0.7 * wrong(np.ones_like)
+
+
+@pytest.mark.parametrize("loss", [lambda kept: 3.0, lambda kept: 4.0 - kept, lambda kept: 3.0 + (kept > 0.6)])
+def test_losses_that_are_of_the_size_alone_say_that_layers_count_alike(
+    allocator: Allocator, loss: Callable[[float], float]
+) -> None:
+    found = fitted(allocator, lambda rank_map: loss(allocator.space.kept_of_targets(rank_map)), trials=60)
+    assert max(map(abs, found.values())) < 0.7
+
+
+def test_many_losses_of_one_size_are_enough(allocator: Allocator) -> None:
+    exact, random = off_by(allocator, {"attn": 2.5, "mlp": 1.0}), np.random.default_rng(0)
+    terms = np.array([[shape.group == group for shape in allocator.space.shapes] for group in GROUPS], float)
+    names = [shape.name for shape in allocator.space.shapes]
+    rank_maps = [
+        allocator.closed_form(0.6, dict(zip(names, random.normal(0, 0.1, 2) @ terms, strict=True))) for _ in range(20)
+    ]
+    rises = np.array([allocator.rises(rank_map) for rank_map in rank_maps])
+    closed = np.tile(allocator.rises(allocator.closed_form(0.6)), (20, 1))
+    losses, alike = np.array([exact(rank_map) for rank_map in rank_maps]), np.ones(20)
+    attn, mlp = MultiplierFit(terms, rises, closed, 0.6 * alike, losses, alike, (0.3, 0.95)).at(0.6)
+    assert attn > mlp
 
 
 def test_nothing_is_fitted_to_few_losses(allocator: Allocator) -> None:
