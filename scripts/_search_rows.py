@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _lines import append_line, cut_short, whole_lines, write_merged
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,11 @@ Run = tuple[str, int]
 CHECKPOINTS = 9
 """Hypervolumes of a run are told at its whole GPU-seconds, at half of them, and so on."""
 CLAIMED = (20, 5)
-"""And at these parts of them, by which a search is to have what others find in all of them."""
+"""And at these parts of them, by which a search is to have what others find in all of them, ..."""
+LATE = (0.6, 0.7, 0.8, 0.9)
+"""... and at these shares, where those that end nearly alike are told apart."""
+ALIKE = 0.02
+"""Of hypervolume, by which those that end nearly alike differ at most."""
 _FIDELITIES = ("predicted", "sliced", "tuned", "confirmed")
 
 
@@ -104,7 +109,8 @@ class RecordFile:
 
 def checkpoints(protocol: Protocol) -> list[float]:
     """GPU-seconds at which hypervolumes are told, ascending."""
-    return sorted([*_halves(protocol), *(protocol.gpu_seconds / part for part in CLAIMED)])
+    seconds = protocol.gpu_seconds
+    return sorted([*_halves(protocol), *(seconds / part for part in CLAIMED), *(seconds * share for share in LATE)])
 
 
 def _halves(protocol: Protocol) -> list[float]:
@@ -253,27 +259,45 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def search_figure(rows: Sequence[Row]) -> Figure:
-    """Hypervolume against GPU-seconds: the mean over seeds, and between the least and the most."""
-    figure = Figure(figsize=(8.5, 5.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for number, competitor in enumerate(dict.fromkeys(row["competitor"] for row in rows)):
+    """Hypervolume against GPU-seconds: the mean over seeds, and between the least and the most; where several end
+    nearly alike, the last half of them once more, larger."""
+    names = list(dict.fromkeys(row["competitor"] for row in rows))
+    last = max(row["gpu_seconds"] for row in rows)
+    ended = [row for row in rows if row["gpu_seconds"] == last]
+    ends = {name: [row["hypervolume"] for row in ended if row["competitor"] == name] for name in names}
+    best = max(statistics.fmean(found) for found in ends.values() if found)
+    alike = [name for name, found in ends.items() if found and statistics.fmean(found) > best - ALIKE]
+    panels = 2 if len(alike) > 1 else 1
+    figure = Figure(figsize=(8.5 if panels == 1 else 12.5, 5.5), dpi=150, layout="constrained")
+    whole, *late = figure.subplots(1, panels, squeeze=False, width_ratios=(2, 1)[:panels])[0]
+    _draw(whole, rows, names, names)
+    whole.set_xscale("log")
+    whole.xaxis.set_major_formatter("{x:g}")
+    whole.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    whole.set_ylabel("hypervolume of the confirmed front")
+    for axes in late:
+        _draw(axes, [row for row in rows if row["gpu_seconds"] >= last / 2], alike, names)
+        axes.set_title(f"the best, the last {last / 2:g} s", fontsize=10)
+    for axes in (whole, *late):
+        axes.set_xlabel("GPU-seconds")
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(fontsize=9, framealpha=0.92)
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[Row], names: Sequence[str], all_names: Sequence[str]) -> None:
+    """A line for every name, in the colour of its place among all."""
+    for name in names:
+        number = all_names.index(name)
         mine: dict[float, list[float]] = {}
         for row in rows:
-            if row["competitor"] == competitor:
+            if row["competitor"] == name:
                 mine.setdefault(row["gpu_seconds"], []).append(row["hypervolume"])
         x = sorted(mine)
-        own = competitor.startswith("study")
-        color = "black" if competitor == "study" else f"C{number % 10}"
+        own = name.startswith("study")
+        color = "black" if name == "study" else f"C{number % 10}"
         axes.plot(
             x, [statistics.fmean(mine[at]) for at in x], marker="osv^D*Pp<>X"[number % 11], markersize=4, color=color,
-            linewidth=2.2 if own else 1.3, label=competitor, zorder=3 if own else 2,
+            linewidth=2.2 if own else 1.3, label=name, zorder=3 if own else 2,
         )  # fmt: skip
         axes.fill_between(x, [min(mine[at]) for at in x], [max(mine[at]) for at in x], color=color, alpha=0.12)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axes.set_xlabel("GPU-seconds")
-    axes.set_ylabel("hypervolume of the confirmed front")
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=9, framealpha=0.92)
-    return figure

@@ -194,6 +194,21 @@ def test_a_search_is_told_by_when_it_had_what_others_end_with(monkeypatch: pytes
     assert "by 20 of 100 s" in line, "a checkpoint that one seed has not reached is none of the mean"
 
 
+def test_those_that_end_nearly_alike_are_drawn_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from _search_rows import search_figure
+
+    def rows(name: str, end: float) -> list[dict[str, Any]]:
+        return [{"competitor": name, "seed": 0, "gpu_seconds": at, "hypervolume": end * at / 100} for at in (50, 100)]
+
+    (whole,) = search_figure([*rows("svd-tpe", 0.4), *rows("study", 0.97)]).axes
+    assert [line.get_label() for line in whole.lines] == ["svd-tpe", "study"]
+    whole, late = search_figure([*rows("svd-tpe", 0.4), *rows("study", 0.97), *rows("ladder", 0.96)]).axes
+    assert len(whole.lines) == 3
+    assert [line.get_label() for line in late.lines] == ["study", "ladder"]
+    assert [line.get_color() for line in late.lines] == [line.get_color() for line in whole.lines[1:]]
+
+
 def test_kept_rows_can_be_gone_on_from() -> None:
     study = Path(__file__).resolve().parents[2] / "studies" / "smollm2-135m-wikitext2"
     digest = load_study_file(study / "search.toml").spec.digest[:12]
