@@ -123,9 +123,8 @@ class Measured:
     def fit(self, terms: Floats, low: float, high: float) -> MultiplierFit:
         """Multipliers of terms (t, layers), for sizes between two kept fractions."""
         curve = self.curve
-        spread = curve.at(curve.kept)[1] if len(curve.kept) else curve.kept
         ends = (low, *(cut for cut in self.cuts if low < cut < high), high)
-        return MultiplierFit(terms, self.rises, self.closed, curve.kept, curve.levelled, spread, ends)
+        return MultiplierFit(terms, self.rises, self.closed, curve.kept, curve.levelled, curve.spread, ends)
 
 
 class Rises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class LossCurve:
 
     Attributes:
         levelled: (n,), the losses without these jumps.
+        spread: (n,), by how much losses of about each one's size scatter.
     """
 
     def __init__(self, kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float] = ()) -> None:
@@ -47,16 +49,22 @@ class LossCurve:
         self._cuts = np.array(cuts)
         self._jumps = _jumps(kept, losses, weights, self._cuts)
         self.levelled: Floats = losses - _above(kept, self._cuts) @ self._jumps
-        own = _shares(kept, weights, kept) if len(kept) else np.zeros((0, 0))
+        nearest = _Nearest.of(kept, weights, kept)
+        own = _shares(nearest.kernel(_NEIGHBOURS), kept, kept) if len(kept) else np.zeros((0, 0))
         # As if every measurement were not there for its own line.
         self._left_out = (self.levelled - own @ self.levelled) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
+        self.spread: Floats = self._spread_at(nearest) if len(kept) else kept
 
     def at(self, sizes: Floats) -> tuple[Floats, Floats]:
         """(s,) and (s,), nats per token, at kept fractions (s,); something must have been measured."""
-        near = _kernel(self.kept, self._weights, sizes, _SPREAD_NEIGHBOURS)
-        variance = near @ self._left_out**2 / near.sum(axis=1)
-        smooth = _shares(self.kept, self._weights, sizes) @ self.levelled
-        return smooth + _above(sizes, self._cuts) @ self._jumps, np.sqrt(variance)
+        nearest = _Nearest.of(self.kept, self._weights, sizes)
+        smooth = _shares(nearest.kernel(_NEIGHBOURS), self.kept, sizes) @ self.levelled
+        return smooth + _above(sizes, self._cuts) @ self._jumps, self._spread_at(nearest)
+
+    def _spread_at(self, nearest: _Nearest) -> Floats:
+        near = nearest.kernel(_SPREAD_NEIGHBOURS)
+        spread: Floats = np.sqrt(near @ self._left_out**2 / near.sum(axis=1))
+        return spread
 
 
 def size_gains(curve: LossCurve, sizes: Floats, running: Sequence[float] = (), max_loss: float | None = None) -> Floats:
@@ -134,20 +142,40 @@ def _jumps(kept: Floats, losses: Floats, weights: Floats, cuts: Floats) -> Float
     return jumps
 
 
-def _kernel(kept: Floats, weights: Floats, sizes: Floats, neighbours: float) -> Floats:
-    """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""
-    apart = np.abs(sizes[:, None] - kept[None, :])
-    order = np.argsort(apart, axis=1)
-    held = np.cumsum(weights[order], axis=1)
-    place = np.minimum((held < neighbours).sum(axis=1), len(kept) - 1)
-    width = np.take_along_axis(apart, order[np.arange(len(sizes)), place][:, None], axis=1)
-    near: Floats = np.exp(-0.5 * (apart / np.maximum(width, 1e-6)) ** 2) * weights + 1e-12
-    return near
+@dataclass(frozen=True, slots=True)
+class _Nearest:
+    """Measurements about every size.
+
+    Attributes:
+        apart: (s, n), distance of every measurement from every size.
+        weights: (n,), of the measurements.
+        ordered: (s, n), distances, ascending.
+        held: (s, n), weights of all measurements so near.
+    """
+
+    apart: Floats
+    weights: Floats
+    ordered: Floats
+    held: Floats
+
+    @classmethod
+    def of(cls, kept: Floats, weights: Floats, sizes: Floats) -> _Nearest:
+        """Of measurements (n,) at sizes (s,)."""
+        apart = np.abs(sizes[:, None] - kept[None, :])
+        order = np.argsort(apart, axis=1)
+        return cls(apart, weights, np.take_along_axis(apart, order, axis=1), np.cumsum(weights[order], axis=1))
+
+    def kernel(self, neighbours: float) -> Floats:
+        """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""
+        place = np.minimum((self.held < neighbours).sum(axis=1), self.apart.shape[1] - 1)
+        width = np.take_along_axis(self.ordered, place[:, None], axis=1)
+        near: Floats = np.exp(-0.5 * (self.apart / np.maximum(width, 1e-6)) ** 2) * self.weights + 1e-12
+        return near
 
 
-def _shares(kept: Floats, weights: Floats, sizes: Floats) -> Floats:
-    """(s, n): what each measurement counts in the value, at every size, of a line through those around it."""
-    near = _kernel(kept, weights, sizes, _NEIGHBOURS)
+def _shares(near: Floats, kept: Floats, sizes: Floats) -> Floats:
+    """(s, n): what each measurement counts in the value, at every size, of a line through those around it; ``near`` is
+    their kernel."""
     total = near.sum(axis=1)
     middle = near @ kept / total
     off = kept[None, :] - middle[:, None]
