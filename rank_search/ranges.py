@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from rank_search.allocation import Floats, Ints
 from rank_search.ranks import RankSpace
 from rank_search.search_spec import SearchSpec
 from rank_search.spec import StudySpec
@@ -31,6 +32,14 @@ def shared_steps(ranges: Sequence[tuple[float, float]], mean: int) -> list[int]:
 def ranges_of(spec: StudySpec, space: RankSpace) -> list[tuple[float, float]]:
     """Those of a study in nested mode, on the target layers of its model."""
     return kept_ranges(spec.search, spec.finetune.nested_ranges, space.min_params / space.dense_params)
+
+
+def places(ends: Floats, kept: Floats) -> tuple[Ints, Floats]:
+    """(n,) and (n,), of kept fractions: which of the ranges between each two of ``ends``, ascending, holds each, and
+    how far up in it, by its quotient, each lies: from 0 to 1."""
+    number: Ints = np.clip(np.searchsorted(ends, kept) - 1, 0, len(ends) - 2)
+    low, high = np.log(ends[number]), np.log(ends[number + 1])
+    return number, (np.log(kept) - low) / np.maximum(high - low, 1e-9)
 
 
 def bank_cuts(spec: StudySpec, space: RankSpace) -> tuple[float, ...]:

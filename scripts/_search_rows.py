@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rank_search.errors import InputError
 from rank_search.export.figures import save_figure
+from rank_search.ranks import RankMap, RankSpace
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -105,6 +106,12 @@ class RecordFile:
         for record in self.records:
             known |= record.get("preparation", {})
         return known
+
+
+def rank_map_of(record: Record, space: RankSpace) -> RankMap:
+    """Of a trial's record, which holds ranks in the order of the layers; of dense ones None."""
+    ranked = zip(space.shapes, record["ranks"], strict=True)
+    return RankMap({shape.name: rank for shape, rank in ranked if rank is not None})
 
 
 def checkpoints(protocol: Protocol) -> list[float]:

@@ -24,15 +24,16 @@ import numpy as np
 from _bench import print_table, write_report
 from _lines import whole_lines
 from _run import run_script
-from _search_rows import Run
+from _search_rows import Run, rank_map_of
 
 from rank_search.allocation import Allocator, Floats
 from rank_search.errors import InputError
 from rank_search.preparing import Prepared, prepare
-from rank_search.ranges import bank_cuts, ranges_of
+from rank_search.ranges import bank_cuts, places, ranges_of
 from rank_search.ranks import RankMap
 from rank_search.spec import load_study_file
 from rank_search.study.fitted import Measured
+from rank_search.study.fitting import moved
 from rank_search.study.space import MultiplierSpace
 
 AFTER = (40, 80, 150, 250)
@@ -43,9 +44,8 @@ SETTLED = 60
 """Trials that are left out where a range's bottom is compared with its top."""
 PLACES = 5
 """Of equal quotient, from a range's bottom to its top."""
-
-
 LADDER: Run = ("nested-ladder", 0)
+"""Whose rank maps are the closed form."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,12 @@ def main() -> None:
     for buckets in args.depth_buckets:
         search = prepared.spec.search.model_copy(update={"depth_buckets": buckets or None})
         terms = np.array(list(MultiplierSpace(search, prepared.allocator).terms.values()))
-        rows.append(
-            {
-                "depth_buckets": buckets,
-                "terms": len(terms),
-                **_correlations(terms, list(runs.values()), ladder, prepared),
-            }
-        )
-    places = _by_place(runs.values(), ladder, ranges_of(prepared.spec, prepared.space))
+        told = _correlations(terms, list(runs.values()), ladder, prepared)
+        rows.append({"depth_buckets": buckets, "terms": len(terms), **told})
+    by_place = _by_place(runs.values(), ladder, ranges_of(prepared.spec, prepared.space))
     print_table(rows)
-    print_table(places)
-    write_report(args.json, prepared.device, prepared.spec.name, rows, places=places)
+    print_table(by_place)
+    write_report(args.json, prepared.device, prepared.spec.name, rows, places=by_place)
 
 
 def _correlations(terms: Floats, runs: Sequence[Trials], ladder: Trials, study: Prepared) -> dict[str, float]:
@@ -112,12 +107,13 @@ def _by_place(runs: Iterable[Trials], ladder: Trials, ranges: Sequence[tuple[flo
     """How much worse than the closed form trials are from the bottom to the top of their ranges: mean, in nats."""
     late = [run.part(slice(SETTLED, None)) for run in runs]
     kept, worse = np.concatenate([run.kept for run in late]), np.concatenate([_worse(run, ladder) for run in late])
+    number, share = places(np.array([ranges[0][0], *(high for _, high in ranges)]), kept)
+    part = np.minimum(np.floor(PLACES * share), PLACES - 1)
     rows: list[dict[str, object]] = []
-    for low, high in ranges:
-        fifth = np.floor(PLACES * np.log(kept / low) / np.log(high / low))
+    for at, (low, high) in enumerate(ranges):
         row: dict[str, object] = {"range": f"{low:.3f} to {high:.3f}"}
         for place in range(PLACES):
-            here = worse[fifth == place]
+            here = worse[(number == at) & (part == place)]
             row[f"place_{place + 1}"] = round(float(here.mean()), 4) if len(here) else None
         rows.append(row)
     return rows
@@ -129,19 +125,17 @@ def _foretold(terms: Floats, known: Trials, coming: Trials, study: Prepared) -> 
     search = study.spec.search
     measured = Measured.of(known.rises, known.closed, known.kept, known.losses, bank_cuts(study.spec, study.space))
     fit = measured.fit(terms, search.min_kept, search.max_kept)
-    moved = (coming.rises - coming.closed) / coming.closed.sum(axis=1)[:, None]
-    return np.array([fit.factors(float(kept)) @ one for kept, one in zip(coming.kept, moved, strict=True)])
+    differences = moved(coming.rises, coming.closed)
+    return np.array([fit.factors(float(kept)) @ one for kept, one in zip(coming.kept, differences, strict=True)])
 
 
 def _runs(path: Path, allocator: Allocator) -> dict[Run, Trials]:
     """Those of `study`, by competitor and seed, and of `nested-ladder`, whose rank maps are the closed form."""
-    names = [shape.name for shape in allocator.space.shapes]
     found: dict[Run, list[tuple[RankMap, float]]] = {}
     for record in whole_lines(path):
         if record.get("competitor") in {"study", LADDER[0]} and record.get("loss") is not None:
-            ranked = zip(names, record["ranks"], strict=True)
-            rank_map = RankMap({name: rank for name, rank in ranked if rank is not None})
-            found.setdefault((record["competitor"], record["seed"]), []).append((rank_map, record["loss"]))
+            measured = rank_map_of(record, allocator.space), record["loss"]
+            found.setdefault((record["competitor"], record["seed"]), []).append(measured)
     if LADDER not in found or len(found) < 2:
         raise InputError(f"{path} lacks trials of study or of nested-ladder, seed 0; give a file that holds both")
     kept, rises = (np.array(column) for column in _sizes_and_rises(allocator, found[LADDER]))

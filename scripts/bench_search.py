@@ -59,7 +59,7 @@ from _confirming import Confirmation
 from _laps import Clock, Laps, Piece, PieceEndedError
 from _ranges import Ranges, seconds_of_ranges
 from _run import run_script
-from _search_rows import Protocol, Record, RecordFile, Run, merged, report
+from _search_rows import Protocol, Record, RecordFile, Run, merged, rank_map_of, report
 
 from rank_search.api import facts_of
 from rank_search.baselines.measured import untrained_loss
@@ -338,9 +338,7 @@ class Bench:
             self.file.add({"competitor": run[0], "seed": run[1], "ended": "preparation took all GPU-seconds"})
 
     def _rank_map(self, trial: Record) -> RankMap:
-        """Of a record, which holds ranks in the order of the layers; of dense ones None."""
-        ranked = zip(self._prepared.space.shapes, trial["ranks"], strict=True)
-        return RankMap({shape.name: rank for shape, rank in ranked if rank is not None})
+        return rank_map_of(trial, self._prepared.space)
 
     def _add(
         self, run: Run, number: int, spent: float, rank_map: RankMap, loss: float | None, fidelity: str,

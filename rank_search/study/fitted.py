@@ -53,7 +53,7 @@ class FittedSampler(WholeSpaceSampler):
 
     def __init__(
         self, space: MultiplierSpace, rises: Rises, seed: int, tried: Callable[[], Sequence[Tried]],
-        max_loss: float | None = None, cuts: Sequence[float] = (),
+        max_loss: float | None, cuts: Sequence[float],
     ) -> None:  # fmt: skip
         super().__init__(space)
         self._space = space
@@ -107,23 +107,21 @@ class Measured:
     Attributes:
         rises, closed: (n, layers), predicted rises, and those of the closed form at the same sizes.
         curve: of the losses, of which those near the closed form tell most.
-        cuts: as for :class:`LossCurve`.
     """
 
     rises: Floats
     closed: Floats
     curve: LossCurve
-    cuts: Sequence[float]
 
     @classmethod
     def of(cls, rises: Floats, closed: Floats, kept: Floats, losses: Floats, cuts: Sequence[float]) -> Measured:
         """Of rank maps by their kept fractions (n,) and losses (n,)."""
-        return cls(rises, closed, LossCurve(kept, losses, nearness(rises, closed) + _UNLIKE, cuts), cuts)
+        return cls(rises, closed, LossCurve(kept, losses, nearness(rises, closed) + _UNLIKE, cuts))
 
     def fit(self, terms: Floats, low: float, high: float) -> MultiplierFit:
         """Multipliers of terms (t, layers), for sizes between two kept fractions."""
         curve = self.curve
-        ends = (low, *(cut for cut in self.cuts if low < cut < high), high)
+        ends = (low, *(cut for cut in curve.cuts if low < cut < high), high)
         return MultiplierFit(terms, self.rises, self.closed, curve.kept, curve.levelled, curve.spread, ends)
 
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rank_search.allocation import Floats, Ints
+from rank_search.ranges import places
+
+Bools = NDArray[np.bool_]
 
 LEAST = 5
 """Losses before anything is fitted."""
@@ -49,9 +53,19 @@ def nearness(rises: Floats, closed: Floats) -> Floats:
     Args:
         rises, closed: as for :class:`MultiplierFit`.
     """
-    excess = _moved(rises, closed).sum(axis=1)
+    excess = moved(rises, closed).sum(axis=1)
     near: Floats = np.exp(-np.maximum(excess, 0.0) / _FAR)
     return near
+
+
+def moved(rises: Floats, closed: Floats) -> Floats:
+    """(n, layers), what predicted rises differ by from the closed form's, as shares of its whole one.
+
+    Args:
+        rises, closed: as for :class:`MultiplierFit`.
+    """
+    found: Floats = (rises - closed) / _totals(closed)[:, None]
+    return found
 
 
 class MultiplierFit:
@@ -84,11 +98,12 @@ class MultiplierFit:
         self._known = len(losses) >= LEAST and len(terms) > 0
         if not self._known:
             return
-        self._ends = np.log(np.array(ends))
+        self._ends = np.array(ends)
+        self._places = places(self._ends, kept)
         self._kept = np.log(kept)
-        moved, weights = _moved(rises, closed), nearness(rises, closed) + 1e-6
+        differences, weights = moved(rises, closed), nearness(rises, closed) + 1e-6
         slopes: Floats = _slopes(_totals(closed), losses, weights)
-        self._moves = slopes[:, None] * np.column_stack([moved.sum(axis=1), moved @ terms.T])
+        self._moves = slopes[:, None] * np.column_stack([differences.sum(axis=1), differences @ terms.T])
         # What h = 1 and v = 0 leave.
         unexplained = losses - self._moves[:, 0]
         unexplained = unexplained - np.average(unexplained, weights=weights)
@@ -101,16 +116,18 @@ class MultiplierFit:
         left, noise = _left_of_smooth(self._kept, losses, scatter, weights), scatter**2 / weights
         of_size = self._of_size(losses, left)
         judges = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _JUDGES)).astype(int))
-        among = np.ix_(judges, judges)
-        covariances = {shares: self._covariance(shares) for shares in _SHARES}
+        among, diagonal = np.ix_(judges, judges), np.diag_indices(len(judges))
+        beside, products = self._beside(*self._places), (self._moves * self._prior) @ self._moves.T
+        covariances = {shares: products * _alike(beside, shares) for shares in _SHARES}
         best = -np.inf
-        for shares, scale, level in product(_SHARES, _SCALES, _NOISES):
-            among_these = of_size[among] + scale * covariances[shares][among]
-            among_these[np.diag_indices(len(judges))] += (level * left) ** 2 * noise[judges]
-            likely = _log_likelihood(among_these, losses[judges]) - 0.5 * np.log(scale) ** 2
-            if likely > best:
-                best, self._shares, self._scale, variance = likely, shares, scale, (level * left) ** 2 * noise
-        whole = of_size + self._scale * covariances[self._shares] + np.diag(variance)
+        for shares, scale in product(_SHARES, _SCALES):
+            known = of_size + scale * covariances[shares]
+            for level in _NOISES:
+                judged, variance = known[among], (level * left) ** 2 * noise
+                judged[diagonal] += variance[judges]
+                likely = _log_likelihood(judged, losses[judges]) - 0.5 * np.log(scale) ** 2
+                if likely > best:
+                    best, self._shares, self._scale, whole = likely, shares, scale, known + np.diag(variance)
         self._said: Floats = np.asarray(np.linalg.solve(whole, losses), dtype=np.float64)
 
     def at(self, kept: float) -> Floats:
@@ -127,35 +144,22 @@ class MultiplierFit:
         """(layers,), the c_l of a size."""
         if not self._known:
             return np.ones(self._terms.shape[1])
-        alike = self._alike(np.array([np.log(kept)]), self._shares)[0]
+        alike = _alike(self._beside(*places(self._ends, np.array([kept]))), self._shares)[0]
         # By how much h and v are off from 1 and 0.
         off = self._scale * self._prior * (self._moves.T @ (self._said * alike))
         factors: Floats = 1 + off[0] + off[1:] @ self._terms
         return factors
 
-    def _covariance(self, shares: tuple[float, float, float]) -> Floats:
-        """(n, n), of what h and v add to the losses."""
-        covariance: Floats = (self._moves * self._prior) @ self._moves.T * self._alike(self._kept, shares)
-        return covariance
-
-    def _alike(self, sizes: Floats, shares: tuple[float, float, float]) -> Floats:
-        """(s, n), correlation of h and v at logarithms of sizes with those at what was measured."""
-        (one, one_place), (other, other_place) = self._places(sizes), self._places(self._kept)
-        always, in_range, at_place = shares
-        near = np.exp(-0.5 * ((one_place[:, None] - other_place) / _PLACE) ** 2)
-        alike: Floats = always + (one[:, None] == other) * (in_range + at_place * near)
-        return alike
-
-    def _places(self, sizes: Floats) -> tuple[Ints, Floats]:
-        """The range of every size, and how far up in it the size lies: from 0 to 1."""
-        number: Ints = np.clip(np.searchsorted(self._ends, sizes) - 1, 0, len(self._ends) - 2)
-        low, high = self._ends[number], self._ends[number + 1]
-        return number, (sizes - low) / np.maximum(high - low, 1e-9)
+    def _beside(self, number: Ints, place: Floats) -> tuple[Bools, Floats]:
+        """(s, n) and (s, n), of places in ranges beside those of what was measured: whether the range is the same, and
+        how near they are."""
+        other, other_place = self._places
+        return number[:, None] == other, np.exp(-0.5 * ((place[:, None] - other_place) / _PLACE) ** 2)
 
     def _of_size(self, losses: Floats, left: float) -> Floats:
         """(n, n), covariance of the function of size."""
         apart = self._kept[:, None] - self._kept
-        number, _ = self._places(self._kept)
+        number, _ = self._places
         smooth = 1 + np.exp(-0.5 * (apart / _SMOOTH) ** 2)
         bends = (number[:, None] == number) * np.exp(-0.5 * (apart / _BEND) ** 2)
         variance = float(losses.var()) + 1e-12
@@ -165,16 +169,17 @@ class MultiplierFit:
         return covariance
 
 
+def _alike(beside: tuple[Bools, Floats], shares: tuple[float, float, float]) -> Floats:
+    """(s, n), correlation of h and v between sizes that lie so beside each other."""
+    (same, near), (always, in_range, at_place) = beside, shares
+    alike: Floats = always + same * (in_range + at_place * near)
+    return alike
+
+
 def _totals(closed: Floats) -> Floats:
     """(n,), predicted rise of the closed form."""
     totals: Floats = np.maximum(closed.sum(axis=1), 1e-12)
     return totals
-
-
-def _moved(rises: Floats, closed: Floats) -> Floats:
-    """(n, layers), what predicted rises differ by, as shares of the closed form's whole one."""
-    moved: Floats = (rises - closed) / _totals(closed)[:, None]
-    return moved
 
 
 def _slopes(totals: Floats, losses: Floats, weights: Floats) -> Floats:

@@ -82,8 +82,8 @@ class MutationSampler(WholeSpaceSampler):
         moves: Moves,
         seed: int,
         keep: Callable[[FrozenTrial, RankMap], None],
-        max_loss: float | None = None,
-        cuts: Sequence[float] = (),
+        max_loss: float | None,
+        cuts: Sequence[float],
     ) -> None:
         super().__init__(space)
         self._space = space

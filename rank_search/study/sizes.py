@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,27 +40,30 @@ class LossCurve:
 
     Attributes:
         levelled: (n,), the losses without these jumps.
-        spread: (n,), by how much losses of about each one's size scatter.
     """
 
     def __init__(self, kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float] = ()) -> None:
         self.kept = kept
         self.losses = losses
         self._weights = weights
-        self._cuts = np.array(cuts)
-        self._jumps = _jumps(kept, losses, weights, self._cuts)
-        self.levelled: Floats = losses - _above(kept, self._cuts) @ self._jumps
-        nearest = _Nearest.of(kept, weights, kept)
-        own = _shares(nearest.kernel(_NEIGHBOURS), kept, kept) if len(kept) else np.zeros((0, 0))
+        self.cuts: Floats = np.array(cuts, float)
+        self._jumps = _jumps(kept, losses, weights, self.cuts)
+        self.levelled: Floats = losses - _above(kept, self.cuts) @ self._jumps
+        self._nearest = _Nearest.of(kept, weights, kept)
+        own = _shares(self._nearest.kernel(_NEIGHBOURS), kept, kept) if len(kept) else np.zeros((0, 0))
         # As if every measurement were not there for its own line.
         self._left_out = (self.levelled - own @ self.levelled) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
-        self.spread: Floats = self._spread_at(nearest) if len(kept) else kept
+
+    @cached_property
+    def spread(self) -> Floats:
+        """(n,), by how much losses of about each one's size scatter."""
+        return self._spread_at(self._nearest) if len(self.kept) else self.kept
 
     def at(self, sizes: Floats) -> tuple[Floats, Floats]:
         """(s,) and (s,), nats per token, at kept fractions (s,); something must have been measured."""
         nearest = _Nearest.of(self.kept, self._weights, sizes)
         smooth = _shares(nearest.kernel(_NEIGHBOURS), self.kept, sizes) @ self.levelled
-        return smooth + _above(sizes, self._cuts) @ self._jumps, self._spread_at(nearest)
+        return smooth + _above(sizes, self.cuts) @ self._jumps, self._spread_at(nearest)
 
     def _spread_at(self, nearest: _Nearest) -> Floats:
         near = nearest.kernel(_SPREAD_NEIGHBOURS)

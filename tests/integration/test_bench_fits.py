@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,14 @@ from rank_search.ranges import ranges_of
 from rank_search.ranks import RankMap
 from rank_search.spec import load_study_file
 from tests.conftest import StudyFactory
+from tests.integration.conftest import Script
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the script in this process."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def run(*arguments: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["bench_fits.py", *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / "bench_fits.py"), run_name="__main__")
-
-    return run
+def bench(script: Script) -> Script:
+    return partial(script, "bench_fits.py")
 
 
 def made_up(allocator: Allocator, loss: Callable[[RankMap], float]) -> Rows:
@@ -57,7 +49,7 @@ def written(path: Path, rows: Rows) -> Path:
 
 
 def test_what_a_type_is_worth_is_foretold_and_what_nothing_says_is_not(
-    bench: Callable[..., None], tiny_study: StudyFactory, tmp_path: Path
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
     study = tiny_study(finetune={"mode": "nested"})
     prepared = prepare(load_study_file(study), nested=False)
@@ -80,7 +72,7 @@ def test_what_a_type_is_worth_is_foretold_and_what_nothing_says_is_not(
 
 
 def test_rows_without_a_ladder_are_refused(
-    bench: Callable[..., None], tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = tiny_study(finetune={"mode": "nested"})
     allocator = prepare(load_study_file(study), nested=False).allocator

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,19 @@ from rank_search import api
 from rank_search.errors import StudyMismatchError
 from rank_search.study.study import Study
 from tests.conftest import StudyFactory
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.integration.conftest import Script
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the script in this process and returns what it printed."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["bench_methods.py", *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / "bench_methods.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+def bench(script: Script) -> Script:
+    return partial(script, "bench_methods.py")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_rows_are_kept_skipped_and_merged(bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path) -> None:
+def test_rows_are_kept_skipped_and_merged(bench: Script, tiny_study: StudyFactory, tmp_path: Path) -> None:
     study = tiny_study(finetune={"steps": 1}, search={"ladder": [0.7]})
     rows = tmp_path / "rows.jsonl"
     quick = ("--seeds", "0", "--rows", rows, "--evaluations", "3", "--search-blocks", "1")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 
 from rank_search.spec import load_study_file
 from tests.conftest import StudyFactory
+from tests.integration.conftest import SCRIPTS, Script
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 QUICK = (
     "--steps", "1", "--score-blocks", "4", "--confirm-blocks", "4", "--budgets", "3", "--evaluations", "11",
     "--search-blocks", "2", "--generations", "1", "--offspring", "4",
@@ -22,16 +20,8 @@ QUICK = (
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the script in this process and returns what it printed."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-    def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["bench_search.py", *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / "bench_search.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+def bench(script: Script) -> Script:
+    return partial(script, "bench_search.py")
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -47,9 +37,7 @@ def unbeaten(trials: list[dict[str, Any]]) -> list[int]:
     ]
 
 
-def test_pieces_add_up_to_runs_and_files_merge(
-    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
-) -> None:
+def test_pieces_add_up_to_runs_and_files_merge(bench: Script, tiny_study: StudyFactory, tmp_path: Path) -> None:
     study = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4})
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     names = "svd-nsga2,bank-tpe,ladder,study:sampler=mutation:space=direct"
@@ -87,7 +75,7 @@ def test_pieces_add_up_to_runs_and_files_merge(
 
 
 def test_searches_without_a_fine_tune_propose_at_all_budgets(
-    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
     study, folder = tiny_study(search={"ladder": [0.8, 0.5], "trials": 4}), tmp_path / "rows"
     bench(study, *QUICK, "--rows", folder, "--seeds", "0", "--competitors", "bolaco,evolution", "--gpu-seconds", "5")
@@ -99,7 +87,7 @@ def test_searches_without_a_fine_tune_propose_at_all_budgets(
 
 
 def test_what_is_sliced_pays_for_the_nested_fine_tune_of_a_range_with_its_first_trial(
-    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
     tiny = {"nested_steps": 3, "nested_ranges": 2}
     study, rows = tiny_study(search={"ladder": [0.8, 0.5]}, finetune=tiny), tmp_path / "rows.jsonl"
@@ -123,7 +111,7 @@ def test_what_is_sliced_pays_for_the_nested_fine_tune_of_a_range_with_its_first_
 
 
 def test_own_fine_tunes_beside_a_nested_study_pay_for_none_of_its_ranges(
-    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path
 ) -> None:
     nested = {"mode": "nested", "nested_steps": 1, "nested_ranges": 2}
     study, rows = tiny_study(search={"ladder": [0.8, 0.5]}, finetune=nested), tmp_path / "rows.jsonl"
@@ -143,7 +131,7 @@ def test_own_fine_tunes_beside_a_nested_study_pay_for_none_of_its_ranges(
 
 
 def test_another_protocol_is_refused(
-    bench: Callable[..., str], tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study, rows = tiny_study(), tmp_path / "rows.jsonl"
     run = (study, *QUICK, "--rows", rows, "--seeds", "0", "--competitors", "ladder")
