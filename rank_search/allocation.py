@@ -20,6 +20,7 @@ from rank_search.ranks import LayerShape, RankMap, RankSpace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """Samplers, seeds and parallel workers, on losses of the quickstart's model that a stand-in gives in a millisecond.
 
     python scripts/bench_samplers.py [--samplers fitted,tpe,...] [--workers 1,8] [--trials 64] [--seeds 5]
-        [--seed-trials closed-form] [--off 1,0] [--sliced] [--json FILE]
+        [--seed-trials closed-form] [--off 1,0] [--sliced] [--diverged 0.5] [--json FILE]
 
 A sampler is one of `[search]`, with a space after a colon if it is not its usual one, and `depth_buckets` after
 another, or the bar: `ladder`, as many points of the closed form on a ladder that gets finer and finer. Trials go
 through the same calls as a worker's. ``--workers 8`` are eight openings of one study in one SQLite file, whose trials
 take various times (log-normal, a third of their mean); whoever is free next asks next. ``--off`` scales what the closed
 form is off by: 1 as fitted to the recorded losses, 0 where it is right. ``--sliced``: instead on made-up losses of
-SmolLM2's shapes as sliced trials have them, which scatter less and are many; other ones for every seed.
+SmolLM2's shapes as sliced trials have them, which scatter less and are many; other ones for every seed. ``--diverged``:
+the measured losses of one rank map in 32 are above their own by so many nats.
 
 The hypervolume is that of :mod:`bench_search`: of the best points by measured loss within 100 budgets, at their loss
 without noise. ``repeated``: rank maps measured twice; ``seeds``: how often each seed ran. Rows of FILE that are not
@@ -23,6 +24,7 @@ import json
 import statistics
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -35,12 +37,15 @@ from _surrogate import StandIn, Surrogate
 from rich.console import Console
 from rich.table import Table
 
+from rank_search.measurement import Measurement
 from rank_search.ranks import RankMap
 from rank_search.spec import StudySpec, parse_study
 from rank_search.study.study import Proposal, Study
 
 BUDGETS = 100
 REFERENCE_RISE = 1.0
+DIVERGING = 32
+"""One rank map in so many diverges where that is asked for."""
 SPREAD = 0.33
 """Standard deviation of the logarithm of a trial's time."""
 
@@ -54,8 +59,11 @@ def main() -> None:
             for workers in args.workers if sampler != "ladder" else [1]:
                 for seed in range(args.seeds if args.sliced or sampler != "ladder" else 1):
                     surrogate = SlicedStandIn(off, seed) if args.sliced else recorded
+                    if args.diverged:
+                        surrogate = Diverging(surrogate, args.diverged)
                     told = {
                         **({"sliced": True} if args.sliced else {}),
+                        **({"diverged": args.diverged} if args.diverged else {}),
                         "off": off, "sampler": sampler, "seed_trials": "+".join(args.seed_trials), "workers": workers,
                         "trials": args.trials, "seed": seed,
                     }  # fmt: skip
@@ -69,8 +77,30 @@ def main() -> None:
         args.json.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
+class Diverging(StandIn):
+    """Another one's, but that the fine-tunes of some rank maps went wrong: their losses are finite, and too high."""
+
+    def __init__(self, other: StandIn, by: float) -> None:
+        self.allocator = other.allocator
+        self.noise = other.noise
+        self._other = other
+        self._by = by
+
+    def loss(self, rank_map: RankMap) -> float:
+        """As if it had gone well."""
+        return self._other.loss(rank_map)
+
+    def measure(self, rank_map: RankMap) -> Measurement:
+        """As the trial went."""
+        measured = self._other.measure(rank_map)
+        went_wrong = int(rank_map.digest[8:16], 16) % DIVERGING == 0
+        return replace(measured, loss=measured.loss + self._by) if went_wrong else measured
+
+
 def _key(row: dict[str, object]) -> tuple[object, ...]:
-    return tuple(row.get(name) for name in ("sliced", "off", "sampler", "seed_trials", "workers", "trials", "seed"))
+    return tuple(
+        row.get(name) for name in ("sliced", "diverged", "off", "sampler", "seed_trials", "workers", "trials", "seed")
+    )
 
 
 def study_spec(sampler: str, seed: int, seed_trials: list[str], *, sliced: bool = False) -> StudySpec:
@@ -181,6 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed-trials", type=texts, default=["closed-form"])
     parser.add_argument("--off", type=lambda text: [float(n) for n in text.split(",")], default=[1.0])
     parser.add_argument("--sliced", action="store_true")
+    parser.add_argument("--diverged", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -115,8 +115,10 @@ class Measured:
 
     @classmethod
     def of(cls, rises: Floats, closed: Floats, kept: Floats, losses: Floats, cuts: Sequence[float]) -> Measured:
-        """Of rank maps by their kept fractions (n,) and losses (n,)."""
-        return cls(rises, closed, LossCurve(kept, losses, nearness(rises, closed) + _UNLIKE, cuts))
+        """Of rank maps by their kept fractions (n,) and losses (n,), but for those that have diverged."""
+        weights = nearness(rises, closed) + _UNLIKE
+        curve, used = LossCurve.of_undiverged(kept, losses, weights, cuts)
+        return cls(rises[used], closed[used], curve)
 
     def fit(self, terms: Floats, low: float, high: float) -> MultiplierFit:
         """Multipliers of terms (t, layers), for sizes between two kept fractions."""

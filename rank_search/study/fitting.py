@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rank_search.allocation import Floats, Ints
+from rank_search.allocation import Bools, Floats, Ints
 from rank_search.ranges import places
-
-Bools = NDArray[np.bool_]
 
 LEAST = 5
 """Losses before anything is fitted."""

@@ -124,7 +124,7 @@ class MutationSampler(WholeSpaceSampler):
         sizes = size_grid(allowed.low, allowed.high)
         kept = np.array([self._kept_by(parent.params) for parent in parents])
         losses = np.array([parent.loss for parent in parents])
-        curve = LossCurve(kept, losses, np.ones(len(parents)), self._cuts)
+        curve, _ = LossCurve.of_undiverged(kept, losses, np.ones(len(parents)), self._cuts)
         gains = size_gains(curve, sizes, running, self._max_loss)
         for _ in range(_TRIES):
             child = self._child(parents, draw_size(sizes, gains, self._random))

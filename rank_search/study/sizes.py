@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rank_search.allocation import Floats
+from rank_search.allocation import Bools, Floats
 
 _GRID = 260
 """Sizes that are looked at."""
@@ -20,6 +20,15 @@ _NARROW = 0.005
 """Apart in kept fraction, by less than which measurements say little about how the loss falls with the size."""
 _LEAST_LEFT = 0.3
 """Share of a measurement that its own line is taken to leave out at least: at the ends lines are mostly its own."""
+_NEAR = 0.3
+"""Weight above which a measurement's loss has to be like those of others."""
+_DIVERGED = 7.0
+"""Median distances from their lines, of ..."""
+_DIVERGED_NEIGHBOURS = 10
+"""... so many measurements about its size, by which a loss is off its own at most: one that is further up is of a
+fine-tune that went wrong, and says nothing of others."""
+_PASSES = 6
+"""Over the losses, for the lines of others change with one that is left out."""
 _SMOOTH = 4
 """Power of the logarithm of the size up to which losses are smooth between jumps."""
 _DOUBT = 0.06
@@ -53,6 +62,34 @@ class LossCurve:
         own = _shares(self._nearest.kernel(_NEIGHBOURS), kept, kept) if len(kept) else np.zeros((0, 0))
         # As if every measurement were not there for its own line.
         self._left_out = (self.levelled - own @ self.levelled) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
+
+    @classmethod
+    def of_undiverged(
+        cls, kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float]
+    ) -> tuple[LossCurve, Bools]:
+        """The curve of the measurements that have not diverged, and (n,), which these are."""
+        curve, left, used = cls(kept, losses, weights, cuts), np.ones(len(kept), bool), np.ones(len(kept), bool)
+        for _ in range(_PASSES):
+            outlying = curve._outlying()
+            if not outlying.any():
+                break
+            these = np.flatnonzero(left)[outlying]
+            # One far below is no wreck, but while it is in the lines of others these seem to be far above.
+            left[these], used[these] = False, curve._left_out[outlying] < 0
+            curve = cls(kept[left], losses[left], weights[left], cuts)
+        return curve if (left == used).all() else cls(kept[used], losses[used], weights[used], cuts), used
+
+    def _outlying(self) -> Bools:
+        """(n,), which losses are so far off their lines, and farthest of those about their sizes."""
+        found = np.zeros(len(self.kept), dtype=bool)
+        near = np.flatnonzero(self._weights > _NEAR)
+        if len(near) > _DIVERGED_NEIGHBOURS:
+            off = np.abs(self._left_out[near])
+            nearest = np.argpartition(self._nearest.apart[np.ix_(near, near)], _DIVERGED_NEIGHBOURS, axis=1)
+            about = off[nearest[:, :_DIVERGED_NEIGHBOURS]]
+            usual = np.maximum(np.median(about, axis=1), np.median(off))
+            found[near] = (off > _DIVERGED * usual) & (off >= about.max(axis=1))
+        return found
 
     @cached_property
     def spread(self) -> Floats:

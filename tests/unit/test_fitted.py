@@ -183,11 +183,12 @@ def test_samplers_are_told_where_the_factors_of_another_nested_fine_tune_begin(
 ) -> None:  # fmt: skip
     told: list[tuple[float, ...]] = []
 
-    def spy(kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float]) -> LossCurve:
-        told.append(tuple(cuts))
-        return LossCurve(kept, losses, weights, cuts)
+    class Spy(LossCurve):
+        def __init__(self, kept: Floats, losses: Floats, weights: Floats, cuts: Sequence[float] = ()) -> None:
+            told.append(tuple(cuts))
+            super().__init__(kept, losses, weights, cuts)
 
-    monkeypatch.setattr(module, "LossCurve", spy)
+    monkeypatch.setattr(module, "LossCurve", Spy)
     search = {"sampler": sampler, "space": space, "seeds": ["closed-form"], "ladder": [0.5]}
     tables = {**make_spec(**search).model_dump(mode="json"), "finetune": {"mode": mode}}
     spec = parse_study(tables, where="test")

@@ -95,6 +95,31 @@ def test_a_jump_that_nothing_was_measured_of_is_none(count: int) -> None:
     assert LossCurve(kept, 4 - kept, np.ones(count), (0.6, 0.7)).levelled == pytest.approx(4 - kept)
 
 
+def test_a_loss_that_is_none_of_those_about_its_size_is_left_out() -> None:
+    random = np.random.default_rng(0)
+    kept = np.linspace(0.3, 0.9, 60)
+    losses = falling(kept) + random.normal(0, np.where(kept < 0.6, 0.01, 0.001))
+    weights = np.ones(60)
+    assert LossCurve.of_undiverged(kept, losses, weights, ())[1].all(), "where others scatter, scatter is no wonder"
+    wrong = losses.copy()
+    wrong[[20, 22, 50]] += [1.5, 0.5, 0.05]
+    curve, used = LossCurve.of_undiverged(kept, wrong, weights, ())
+    assert np.flatnonzero(~used).tolist() == [20, 22, 50]
+    others = LossCurve(kept[used], losses[used], weights[used])
+    assert np.concatenate(curve.at(SIZES)) == pytest.approx(np.concatenate(others.at(SIZES)))
+    # What is far from the closed form has a higher loss for that, and one that is better than others is welcome.
+    weights[20], wrong[[22, 50]] = 0.1, losses[[22, 50]] - 0.5
+    assert LossCurve.of_undiverged(kept, wrong, weights, ())[1].all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 10])
+def test_few_losses_are_all_gone_by(count: int) -> None:
+    kept = np.linspace(0.4, 0.5, count)
+    losses = 4 - kept
+    losses[count // 2 :][:1] += 1.0
+    assert LossCurve.of_undiverged(kept, losses, np.ones(count), (0.45,))[1].all()
+
+
 def test_one_measurement_is_enough_to_go_on_from() -> None:
     expected, spread = LossCurve(np.array([0.5]), np.array([3.0]), np.array([1.0])).at(SIZES)
     assert expected == pytest.approx(3.0)
