@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection, Engine, Select, and_, case, func, literal, select
+from sqlalchemy import Connection, Engine, Select, and_, case, func, literal, or_, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
@@ -224,11 +224,20 @@ class StudyStore:
             return {number: tuple(measured) for number, measured in found.items()}
 
     def block_losses(self, name: str, number: int, rung: int) -> tuple[float, ...]:
-        """Losses of the validation blocks of one trial on one rung; empty where none are stored."""
+        """Losses of the validation blocks of one trial on one rung, or of the trial that continues it; empty where none
+        are stored."""
         with self._read() as session:
-            mine = MeasurementRow.study_id == self._key(session, name).id
-            this = MeasurementRow.trial == number, MeasurementRow.rung == rung
-            return block_losses_of(session.scalar(select(MeasurementRow.block_losses).where(mine, *this)))
+            study = self._key(session, name).id
+            its_own = select(TrialRow.number).where(
+                TrialRow.study_id == study, or_(TrialRow.number == number, TrialRow.promotes == number)
+            )
+            query = (
+                select(MeasurementRow.block_losses)
+                .where(MeasurementRow.study_id == study, MeasurementRow.rung == rung)
+                .where(MeasurementRow.trial.in_(its_own), MeasurementRow.block_losses.is_not(None))
+                .order_by(MeasurementRow.trial)
+            )
+            return block_losses_of(session.scalars(query).first())
 
     def unpromoted(self, name: str) -> list[int]:
         """Numbers of the pruned trials that no other trial continues."""

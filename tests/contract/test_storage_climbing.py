@@ -39,7 +39,9 @@ def losses(rank_map: RankMap) -> tuple[Measurement, ...]:
         replace(
             measure(rank_map, sum(few) / 2, Fidelity.SLICED), tokens=2, finetune_seconds=0.0, block_losses=tuple(few)
         ),
-        replace(measure(rank_map, sliced, Fidelity.SLICED), finetune_seconds=0.0),
+        replace(
+            measure(rank_map, sliced, Fidelity.SLICED), finetune_seconds=0.0, block_losses=(sliced - 0.1, sliced + 0.1)
+        ),
         measure(rank_map, 3 + 0.5 * rise + own),
     )
 
@@ -132,6 +134,9 @@ def test_a_pruned_trial_that_would_be_on_the_front_by_now_is_promoted_at_the_end
     with StudyStore(storage) as store:
         # What was known was not measured again.
         assert len(store.measurements("tiny", promoted.number)) == TOP + 1 - known
+        # As a rival it goes by the first one's number, and is compared block by block on the rungs of both.
+        for rung, measured in enumerate(losses(record.rank_map)):
+            assert store.block_losses("tiny", number, rung) == measured.block_losses
         assert number not in store.unpromoted("tiny")
         front = store.recompute_front("tiny")
     assert study.front() == front
