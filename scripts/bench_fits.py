@@ -32,6 +32,8 @@ from rank_search.preparing import Prepared, prepare
 from rank_search.ranges import bank_cuts, places, ranges_of
 from rank_search.ranks import RankMap
 from rank_search.spec import load_study_file
+from rank_search.study.bounded import thinned
+from rank_search.study.evidence import BEST, NEWEST
 from rank_search.study.fitted import Measured
 from rank_search.study.fitting import moved
 from rank_search.study.space import MultiplierSpace
@@ -57,7 +59,7 @@ class Trials:
     kept: Floats
     losses: Floats
 
-    def part(self, which: slice) -> Trials:
+    def part(self, which: slice | list[int]) -> Trials:
         """Some of them."""
         return Trials(self.rises[which], self.closed[which], self.kept[which], self.losses[which])
 
@@ -88,12 +90,21 @@ def _correlations(terms: Floats, runs: Sequence[Trials], ladder: Trials, study: 
             break
         found = []
         for run in runs:
-            known, coming = run.part(slice(after)), run.part(slice(after, after + NEXT))
+            known, coming = run.part(_seen(run, after)), run.part(slice(after, after + NEXT))
             told = _foretold(terms, known, coming, study)
             found.append(float(np.corrcoef(told, _worse(coming, ladder))[0, 1]))
         row[f"after_{after}"] = round(statistics.fmean(found), 3)
         row[f"deviation_{after}"] = round(statistics.stdev(found), 3) if len(found) > 1 else 0.0
     return row
+
+
+def _seen(run: Trials, after: int) -> list[int]:
+    """The trials of the first so many that a search goes by then: the newest, and of the front."""
+    front: list[int] = []
+    for one in np.lexsort((run.losses[:after], run.kept[:after])).tolist():
+        if not front or run.losses[one] < run.losses[front[-1]]:
+            front.append(one)
+    return sorted({*thinned(front, BEST), *range(max(0, after - NEWEST), after)})
 
 
 def _worse(trials: Trials, ladder: Trials) -> Floats:
@@ -133,9 +144,9 @@ def _runs(path: Path, allocator: Allocator) -> dict[Run, Trials]:
     """Those of `study`, by competitor and seed, and of `nested-ladder`, whose rank maps are the closed form."""
     found: dict[Run, list[tuple[RankMap, float]]] = {}
     for record in whole_lines(path):
-        if record.get("competitor") in {"study", LADDER[0]} and record.get("loss") is not None:
-            measured = rank_map_of(record, allocator.space), record["loss"]
-            found.setdefault((record["competitor"], record["seed"]), []).append(measured)
+        run = record.get("competitor"), record.get("seed")
+        if (run[0] == "study" or run == LADDER) and record.get("loss") is not None:
+            found.setdefault(run, []).append((rank_map_of(record, allocator.space), record["loss"]))
     if LADDER not in found or len(found) < 2:
         raise InputError(f"{path} lacks trials of study or of nested-ladder, seed 0; give a file that holds both")
     kept, rises = (np.array(column) for column in _sizes_and_rises(allocator, found[LADDER]))

@@ -74,11 +74,15 @@ from rank_search.score import score
 from rank_search.spec import StudyFile, StudySpec, load_study_file, parse_study
 from rank_search.stop_rules import StopRules
 from rank_search.study.optuna_study import quiet
+from rank_search.study.records import State
+from rank_search.study.store import StudyStore
 from rank_search.study.study import Study, given_seeds
 from rank_search.task import Examples
 from rank_search.trial import Evaluator, Look
 from rank_search.worker import Outcome, work
 
+MEASURED = {State.COMPLETE, State.INFEASIBLE, State.PRUNED}
+"""States of trials that a study's sampler goes by."""
 _SEARCHED = 0.9
 """Share of its seconds that a study which climbs may measure for; the rest is sampling and storing."""
 SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder", "nested-ladder")
@@ -235,32 +239,34 @@ class Bench:
                 f"{self._rows} has trials of {run[0]} {run[1]}, whose study {database} is gone; remove them"
             )
         storage = f"sqlite:///{database}"
+        _refuse_others(database, spec.name, {trial["trial"] for trial in trials})
+        spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=True)
+        self._end_if_spent(run, spent)
+        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials], is_sliced=nested)
+        clock = Laps(self._clock, spent, self.protocol.gpu_seconds, piece)
+        if clock.is_over():
+            return
+        clock.start()
         given = {}
         if asked := given_seeds(spec, storage, prepared.allocator):
             rules = Allocations.of(prepared)
             given = {seed: rules.rank_map(seed.allocation, seed.kept) for seed in asked}
         study = Study.open(spec, storage, prepared.allocator, facts_of(prepared), given)
-        spent = trials[-1]["gpu_seconds"] if trials else self._start(bank=True)
-        self._end_if_spent(run, spent)
-        ranges = Ranges(self.file, prepared, [self._rank_map(trial) for trial in trials], is_sliced=nested)
-        clock = Laps(self._clock, spent, self.protocol.gpu_seconds, piece)
         look = self._confirmation(prepared, trials)
 
         def keep(outcome: Outcome) -> None:
             measured, number = outcome.measurement, outcome.proposal.number
             confirmed = look.take()
             clock.add(ranges.seconds_of_first(outcome.proposal.rank_map) - confirmed.seconds)
-            loss = None if measured is None else measured.loss
+            # A pruned trial has the loss of a few blocks, or of no fine-tune: none of those that are compared.
+            loss = None if measured is None or outcome.state is State.PRUNED else measured.loss
             fidelity = "predicted" if measured is None else measured.fidelity.label
             self._add(run, number, clock.lap(), outcome.proposal.rank_map, loss, fidelity, confirmed.told)
             clock.check()
 
         try:
-            if not clock.is_over():
-                clock.start()
-                rules = StopRules.of(spec.search)
-                ended = work(study, Evaluator(prepared, look), 10**9, rules=rules, on_outcome=keep)
-                self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
+            ended = work(study, Evaluator(prepared, look), 10**9, rules=StopRules.of(spec.search), on_outcome=keep)
+            self.file.add({"competitor": run[0], "seed": run[1], "ended": ended})
         except PieceEndedError:
             pass
         finally:
@@ -355,6 +361,18 @@ class Bench:
         kept = self._prepared.space.kept_of_targets(rank_map)
         print(
             f"{run[0]} seed {run[1]} trial {number}: {spent:.1f} s, kept {kept:.4f}, loss {record['loss']}", flush=True
+        )
+
+
+def _refuse_others(database: Path, name: str, recorded: set[int]) -> None:
+    """Refuse a study that knows more than the rows do: it would search with what it has not paid for."""
+    if not database.exists():
+        return
+    with StudyStore(f"sqlite:///{database}") as store:
+        known = [] if name not in store.studies() else store.trials(name)
+    if more := [t.number for t in known if t.state in MEASURED and t.number not in recorded]:
+        raise InputError(
+            f"{database} has a trial {more[0]} that the rows lack; remove the database and its study's rows"
         )
 
 

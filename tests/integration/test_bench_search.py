@@ -137,6 +137,31 @@ def test_own_fine_tunes_beside_a_nested_study_pay_for_none_of_its_ranges(
     assert {len(seconds) > 1 for seconds in spent.values()} == {True}
 
 
+def test_a_study_that_knows_more_than_the_rows_is_refused(
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    run = (tiny_study(), *QUICK, "--rows", rows, "--gpu-seconds", "1", "--runs", "study@0", "--piece-seconds", "0")
+    bench(*run)
+    rows.unlink()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        bench(*run)
+    assert "rows.study-0.db has a trial 0 that the rows lack; remove" in capsys.readouterr().err
+
+
+def test_pruned_trials_are_none_of_those_that_are_compared(
+    bench: Script, tiny_study: StudyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rank_search.climbing.Climbs.goes_on", lambda *_arguments, **_more: False)
+    nested = {"mode": "nested", "steps": 0, "nested_steps": 1, "nested_ranges": 2}
+    search = {"ladder": [0.8, 0.5], "seeds": ["closed-form"], "fidelities": ["sliced"], "sliced_tokens": [64]}
+    study, rows = tiny_study(search=search, finetune=nested), tmp_path / "rows.jsonl"
+    bench(study, *QUICK, "--rows", rows, "--gpu-seconds", "3", "--runs", "study@0")
+    losses = {record["trial"]: record["loss"] for record in records(rows) if "trial" in record}
+    assert [losses[seed] is not None for seed in (0, 1)] == [True, True]
+    assert {loss for trial, loss in losses.items() if trial > 1} == {None}
+
+
 def test_another_protocol_is_refused(
     bench: Script, tiny_study: StudyFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
