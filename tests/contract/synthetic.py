@@ -16,6 +16,8 @@ from rank_search.ranks import LayerShape, RankMap, RankSpace, Storage
 from rank_search.spec import StudySpec, parse_study
 from rank_search.study.facts import StudyFacts
 from rank_search.study.patience import Patience
+from rank_search.study.records import State
+from rank_search.study.store import StudyStore
 from rank_search.study.study import Proposal, Study
 
 
@@ -91,6 +93,12 @@ def measure(
         score_seconds=0.5,
         peak_memory=2**33,
     )
+
+
+def skipped(storage: str, name: str = "tiny") -> list[int]:
+    """Numbers of the trials whose rank map another one had already."""
+    with StudyStore(storage) as store:
+        return [trial.number for trial in store.trials(name) if trial.state is State.SKIPPED]
 
 
 def run_trials(study: Study, count: int) -> list[Proposal]:

@@ -16,12 +16,13 @@ from rank_search.ranks import LayerShape, RankMap, RankSpace
 from rank_search.spec import parse_study
 from rank_search.study import fitted as fitted_module
 from rank_search.study import mutation as mutation_module
+from rank_search.study.fitted import FittedSampler, Rises
 from rank_search.study.fitting import LEAST, MultiplierFit
 from rank_search.study.samplers import check_sampler
 from rank_search.study.sizes import LossCurve
 from rank_search.study.space import MultiplierSpace
 from rank_search.study.study import Study
-from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure
+from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure, skipped
 
 GROUPS = {"attn": (96, 96), "mlp": (96, 192)}
 Loss = Callable[[RankMap], float]
@@ -212,6 +213,29 @@ def test_a_study_repeats_itself_and_no_rank_map(tmp_path: Path, allocator: Alloc
         study.close()
     assert sequences[0] == sequences[1] != sequences[2]
     assert len(set(sequences[0])) == 12
+
+
+def test_few_rank_maps_are_each_proposed_once(tmp_path: Path) -> None:
+    # A single layer of few ranks, which draws hit again and again.
+    alone = make_allocator(layers=1, groups=(("mlp", 12, 20),))
+    study = open_fitted(f"sqlite:///{tmp_path}/s.db", alone, ladder=[0.8])
+    measured = run(study, alone, off_by(alone, {"mlp": 1.0}), 5)
+    study.close()
+    assert len(set(measured)) == 5
+    assert skipped(f"sqlite:///{tmp_path}/s.db") == []
+
+
+def test_deviations_shrink_as_trials_come_in(allocator: Allocator) -> None:
+    space = MultiplierSpace(make_spec(sampler="fitted", ladder=[0.8, 0.5]).search, allocator)
+    sampler = FittedSampler(space, Rises(space), 0, list, None, ())
+    none = np.zeros(len(space.terms))
+
+    def off(count: int) -> float:
+        drawn = [sampler._drawn(0.5, none, count) for _ in range(200)]
+        return float(np.std([[params[term] for term in space.terms] for params in drawn]))
+
+    assert off(0) == pytest.approx(off(16), rel=0.2)
+    assert off(256) == pytest.approx(off(16) / 4, rel=0.2)
 
 
 def test_what_runs_counts_as_measured(tmp_path: Path, allocator: Allocator) -> None:

@@ -16,7 +16,7 @@ from rank_search.study.moves import Moves
 from rank_search.study.mutation import good_parents, rank_map_text
 from rank_search.study.samplers import check_sampler
 from rank_search.study.study import Study
-from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure, run_trials
+from tests.contract.synthetic import make_allocator, make_facts, make_spec, measure, run_trials, skipped
 
 
 @pytest.mark.parametrize("storage", ["two-factor", "pivoted"])
@@ -106,6 +106,7 @@ def test_a_study_by_mutation_repeats_itself_and_no_rank_map(tmp_path: Path) -> N
         study.close()
     assert sequences[0] == sequences[1] != sequences[2]
     assert len(set(sequences[0])) == 16
+    assert skipped(f"sqlite:///{tmp_path}/a.db") == []
     space = make_allocator().space
     for rank_map in sequences[0]:
         space.validate(rank_map)
@@ -116,6 +117,7 @@ def test_waiting_and_running_rank_maps_are_not_proposed_again(tmp_path: Path) ->
     asked = [study.ask().rank_map for _ in range(24)]
     study.close()
     assert len(set(asked)) == 24
+    assert skipped(f"sqlite:///{tmp_path}/s.db") == []  # the sampler knew, before the study had to
 
 
 def test_sizes_that_cannot_meet_the_largest_loss_are_left_alone(tmp_path: Path) -> None:
