@@ -12,6 +12,11 @@ from rank_search.measurement import Fidelity, Measurement
 from rank_search.notebook import Row, front_html
 from rank_search.ranks import RankMap
 
+EMPTY = (
+    "the front is empty, for no trial has ended that meets the study's goals; run it, or on, or with other goals; "
+    "`rank-search status` counts its trials"
+)
+
 
 class Outcome(NamedTuple):
     """What decides whether a trial is on the front."""
@@ -180,7 +185,7 @@ class Front(Sequence[FrontPoint]):
 
     def _refuse_empty(self) -> None:
         if not self.points:
-            raise BudgetError("the front is empty; run the study first")
+            raise BudgetError(EMPTY)
 
     def hypervolume(self, reference_loss: float, reference_params: int) -> float:
         """Area that the front dominates below the reference point, in nats · parameters."""

@@ -163,6 +163,11 @@ class RankSpace:
             for ranks in [self.ranks(shape)]
         )
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a study leaves layers less choice than their shapes do."""
+        return self.multiple > 1 or bool(self.frozen)
+
     def max_rank(self, shape: LayerShape) -> int:
         """Largest allowed rank of a layer below dense; 0 if it can only be dense."""
         return max(self.ranks(shape), default=0)

@@ -45,9 +45,10 @@ class SearchSpec(Table):
     seed: Seed = 0
     """Of the sampler and of the fine-tunes' order of blocks."""
     min_kept: Fraction = 0.3
-    """Smallest kept fraction of the target layers that is proposed."""
+    """Smallest kept fraction of the target layers that is proposed; over `space = "direct"` by `mutation` alone, for
+    Optuna's samplers choose every rank for itself there."""
     max_kept: Fraction = 0.95
-    """Largest kept fraction of the target layers that is proposed."""
+    """Largest kept fraction of the target layers that is proposed; as for `min_kept`."""
     ladder: tuple[Fraction, ...] = (0.9, 0.8, 0.6, 0.4)
     """Kept fractions of the target layers whose rank maps by all of `seeds` are measured first."""
     seeds: tuple[Allocation, ...] = ("closed-form", "uniform")

@@ -94,7 +94,7 @@ class TargetSpec(Table):
     """Which parameter count is the objective, and how a layer of rank r is stored: as r of its rows and the others'
     coefficients, r (m + n - r) numbers, or as two factors, r (m + n). At equal counts pivoted storage keeps more."""
     rank_multiple: Positive = 1
-    """Allow only ranks that are multiples of this."""
+    """Allow only ranks that are multiples of this, and for a layer whose largest useful rank is smaller that one."""
     frozen: dict[str, Positive | Literal["dense"]] = Field(default={})
     """Patterns on names of target layers, each with the one rank that these may have, or `"dense"`; where several fit,
     the last counts."""
@@ -470,6 +470,11 @@ def parse_study(tables: dict[str, Any], *, where: str, stored: bool = False) -> 
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        if field.startswith("targets.frozen."):  # followed by the pattern, and by which of two types it is not
+            pattern, value = first["loc"][2], tables["targets"]["frozen"][first["loc"][2]]
+            raise StudyFileError(
+                f'{where}: targets.frozen gives {pattern!r} {value!r}; give it a rank from 1 on, or "dense"'
+            ) from None
         if first["type"] == "extra_forbidden":
             raise StudyFileError(f"{where}: unknown key {field!r}{_nearest(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")

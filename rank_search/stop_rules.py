@@ -77,6 +77,11 @@ class StopRules:
         return None
 
 
+def all_finished(trials: int) -> str:
+    """Why a search stops that has as many as it wants."""
+    return f"{trials} trials are finished"
+
+
 def growth(outcomes: Outcomes, last: int, dense_params: int) -> float:
     """Share of the hypervolume that the last so many outcomes have added.
 

@@ -23,7 +23,7 @@ from rank_search.measurement import Measurement
 from rank_search.model.garbage import sparing_the_collector
 from rank_search.model.memory import is_out_of_memory
 from rank_search.progress import SILENT, Progress
-from rank_search.stop_rules import StopRules
+from rank_search.stop_rules import StopRules, all_finished
 from rank_search.study.heeding import Heeding
 from rank_search.study.records import Effort, State
 from rank_search.study.study import Proposal, Study
@@ -108,7 +108,7 @@ def stop_reason(
     if trials is None:
         return None if study.unsettled() else "the front is settled"
     if effort.finished >= trials:
-        return f"{effort.finished} trials are finished"
+        return all_finished(effort.finished)
     return study.stop_reason(rules, wall, effort.seconds)
 
 

@@ -27,6 +27,7 @@ from rank_search.cli.quiet import quiet_libraries
 from rank_search.errors import InputError, UnavailableError
 from rank_search.export.tables import front_csv, front_json
 from rank_search.spec import LOSS_UNITS, StudyFile, load_study_file
+from rank_search.stop_rules import all_finished
 
 if TYPE_CHECKING:
     from rank_search.worker import Outcome
@@ -122,13 +123,17 @@ class _Search:
 def _print_end(study: Path, storage: str | None, view: api.StudyView, *, measured: int) -> None:
     tables.print_front(view)
     again = f"{shlex.quote(str(study))}{_storage_again(storage)}"
-    if not measured:
-        done = sum(trial.state not in {"running", "requeued", "skipped"} for trial in view.trials)
+    status = api.status(study, storage=storage)
+    done = status.finished
+    if not measured and status.stop_reason == all_finished(done):
         typer.echo(
             f"The study has its {done} trials already; rank-search run {again} --trials {done + 10} asks for more."
         )
-    if stopped := api.status(study, storage=storage).stop_reason:
-        typer.echo(f"Stopped because {stopped}.")
+    if status.stop_reason is not None:
+        typer.echo(f"Stopped because {status.stop_reason}.")
+    if not view.front:
+        typer.echo(f"No trial meets the study's goals: rank-search status {again}")
+        return
     typer.echo(f"Draw it:    rank-search front {again} --plot front.png")
     typer.echo(f"Choose one: rank-search export {again} --knee -o rank_map.json")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rank_search.atomic import write_atomically
 from rank_search.errors import InputError
-from rank_search.front import Front, FrontPoint
+from rank_search.front import EMPTY, Front, FrontPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def front_figure(
     from matplotlib.figure import Figure
 
     if not front:
-        raise InputError("the front is empty, so there is nothing to draw; run the study first")
+        raise InputError(EMPTY)
     everything = [*trials, *closed_form]
     closed = _from_source(everything, "closed form")
     uniform = _from_source(everything, "uniform")

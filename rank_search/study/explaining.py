@@ -10,7 +10,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
 from rank_search.errors import InputError
-from rank_search.front import Front, FrontPoint
+from rank_search.front import EMPTY, Front, FrontPoint
 from rank_search.insight import Agreement, Insight, above_others, agreement, profile, tendencies
 from rank_search.measurement import Fidelity, Measurement
 from rank_search.search_spec import Sampler
@@ -38,7 +38,7 @@ def explain(database: str, name: str) -> Insight:
     with StudyStore(url) as store:
         record, front, trials, rungs = store.study(name), store.front(name), store.trials(name), store.rungs(name)
     if not front:
-        raise InputError(f"the front of study {name!r} is empty, so there is nothing to explain; run the study first")
+        raise InputError(EMPTY)
     points = _points(trials)
     closed_form = [point for point in points if point.source.startswith("closed form")]
     sampled = [point for point in points if point.source in get_args(Sampler)]

@@ -96,7 +96,9 @@ def check_range(search: SearchSpec, space: RankSpace) -> None:
         BudgetError: a kept fraction below what the smallest ranks need.
         StudyFileError: a ladder that leaves the range.
     """
-    if not _is_whole_numbers(search):
+    if _is_whole_numbers(search):
+        _refuse_impossible(search, space)
+    else:
         _kept_range(search, space)
     for kept in search.ladder:
         space.budget(kept)
@@ -110,6 +112,7 @@ def make_space(search: SearchSpec, allocator: Allocator) -> SearchSpace:
         StudyFileError: a ladder that leaves the range.
     """
     if _is_whole_numbers(search):
+        _refuse_impossible(search, allocator.space)
         return DirectSpace(allocator)
     return MultiplierSpace(search, allocator)
 
@@ -285,16 +288,19 @@ def random_params(distributions: Mapping[str, BaseDistribution], seed: str) -> P
 def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
     """The study's range of kept fractions, its lower end raised to what the smallest ranks need, its upper end lowered
     to what frozen layers and the goal for parameters leave."""
+    _refuse_impossible(search, space)
     least, most = _least_kept(space), _most_kept(search, space)
     low, high = max(search.min_kept, least), min(search.max_kept, most)
     upper = "search.max_kept" if high == search.max_kept else _most_kept_by(search, space)
     if high < low:
         told = f"{upper} is {high:g}" if upper == "search.max_kept" else f"{upper} allows a kept fraction of {high:.4g}"
         if least >= search.min_kept:
-            raise BudgetError(f"{told}, but the smallest ranks need {least:.4g} of the target layers; raise it")
+            by = "targets.rank_multiple and targets.frozen leave" if space.is_bounded else "there are"
+            raise BudgetError(
+                f"{told}, but the smallest ranks that {by} need {least:.4g} of the target layers; change one of them"
+            )
         raise BudgetError(f"{told}, below search.min_kept = {search.min_kept:g}; change one of them")
     for kept in search.ladder:
-        space.budget(kept)
         if not low <= kept <= high:
             raise StudyFileError(
                 f"search.ladder holds {kept:g}, outside search.min_kept to {upper} ({low:.4g} to {high:.4g}); "
@@ -306,6 +312,15 @@ def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
             f"({low:.4g} to {high:.4g}); change it"
         )
     return low, high
+
+
+def _refuse_impossible(search: SearchSpec, space: RankSpace) -> None:
+    """Refuse a goal for parameters that no rank map meets."""
+    least = space.model_params - space.dense_params + space.min_params
+    if search.max_params is not None and search.max_params < least:
+        raise BudgetError(
+            f"search.max_params is {search.max_params:,}, but the smallest ranks leave {least:,} parameters; raise it"
+        )
 
 
 def _most_kept(search: SearchSpec, space: RankSpace) -> float:

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from rank_search.allocation import Allocator
-from rank_search.errors import BudgetError
+from rank_search.errors import BudgetError, StudyFileError
 from rank_search.front import FrontPoint
 from rank_search.ranks import LayerShape, RankMap, Storage
 from rank_search.spec import SearchSpec, load_study_file
@@ -46,7 +46,7 @@ class OtherFront:
             told: a study file, whose database is the SQLite file beside it; ``URL#NAME``; or a name in ``database``.
 
         Raises:
-            StudyFileError: no such study file.
+            StudyFileError: no such study file, or a database without a study's name.
             StorageError: no such database, or no such study in it.
         """
         if Path(told).suffix == ".toml":
@@ -54,6 +54,8 @@ class OtherFront:
             database, name = file.default_storage, file.spec.name
         elif "#" in told:
             database, _, name = told.rpartition("#")
+        elif "://" in told:
+            raise StudyFileError(f"--warm-start {told} names a database but no study; append #NAME")
         else:
             name = told
         with StudyStore(database) as store:

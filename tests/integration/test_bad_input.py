@@ -58,7 +58,20 @@ BAD_STUDIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "wrong type": ({"search__trials": "many"}, ("search.trials", "'many'")),
     "no trials": ({"search__trials": 0}, ("search.trials", "greater than or equal to 1", "0")),
     "ladder above 1": ({"search__ladder": [1.5]}, ("search.ladder", "less than or equal to 1", "1.5")),
-    "ladder below the smallest ranks": ({"search__ladder": [0.001]}, ("0.001", "keep at least")),
+    "ladder below the smallest ranks": ({"search__ladder": [0.001]}, ("search.ladder holds 0.001", "change one of")),
+    "ladder below the smallest ranks, direct": (
+        {"search__ladder": [0.001], "search__space": "direct", "search__sampler": "tpe"},
+        ("0.001", "keep at least"),
+    ),
+    "fewer parameters than there can be": ({"search__max_params": 1}, ("search.max_params is 1,", "raise it")),
+    "fewer parameters than there can be, direct": (
+        {"search__max_params": 1000, "search__space": "direct", "search__sampler": "random"},
+        ("search.max_params is 1,000,", "raise it"),
+    ),
+    "multiples beyond the range": (
+        {"targets__rank_multiple": 1000},
+        ("search.max_kept is 0.95", "targets.rank_multiple", "change one of them"),
+    ),
     "ladder outside the range": ({"search__min_kept": 0.6}, ("ladder holds 0.5", "outside", "change one of them")),
     "sampler that does not suit": (
         {"search__sampler": "gp", "search__space": "direct"},

@@ -61,6 +61,28 @@ def test_run_again_finds_the_study_done(study: Path) -> None:
     assert api.status(study).finished == 6
 
 
+def test_a_run_that_another_rule_stops_promises_no_more_trials(tmp_path: Path, make_study: MakeStudy) -> None:
+    study = make_study(tmp_path, search__trials=4, search__gpu_seconds=1e-6)
+    assert rank_search("run", study).code == 0
+    again = rank_search("run", study)
+    assert "Stopped because measurements have taken" in again.out
+    assert "already" not in again.out
+
+
+def test_a_front_that_no_trial_reaches_is_told_as_one(tmp_path: Path, make_study: MakeStudy) -> None:
+    study = make_study(tmp_path, search__trials=2, search__max_loss=0.01)
+    told = rank_search("run", study)
+    assert told.code == 0
+    assert f"No trial meets the study's goals: rank-search status {study}" in told.out
+    assert "--plot" not in told.out
+    for command in (["front", study, "--plot", tmp_path / "f.png"], ["explain", study],
+                    ["export", study, "--knee", "-o", tmp_path / "r.json"]):  # fmt: skip
+        refused = rank_search(*command)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "no trial has ended that meets the study's goals" in refused.err
+    assert not {"f.png", "r.json"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_run_with_trials_goes_on(tmp_path: Path, make_study: MakeStudy) -> None:
     study = make_study(tmp_path)
     database = f"sqlite:///{tmp_path / 'other.db'}"

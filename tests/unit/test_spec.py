@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,13 @@ def test_a_spec_round_trips_through_json() -> None:
     again = StudySpec.model_validate_json(spec.model_dump_json())
     assert again == spec
     assert again.digest == spec.digest
+
+
+@pytest.mark.parametrize("value", ["dens", 0, -3, 1.5, True, [1]])
+def test_what_layers_cannot_be_frozen_at_is_refused_in_its_own_words(value: object) -> None:
+    told = re.escape(f"""targets.frozen gives '*q_proj' {value!r}; give it a rank from 1 on, or "dense\"""")
+    with pytest.raises(StudyFileError, match=told):
+        _parse(targets={"frozen": {"*": "dense", "*q_proj": value}})
 
 
 def test_a_study_is_frozen() -> None:

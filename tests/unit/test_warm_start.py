@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rank_search.allocation import Allocator
-from rank_search.errors import BudgetError, StorageError
+from rank_search.errors import BudgetError, StorageError, StudyFileError
 from rank_search.front import FrontPoint
 from rank_search.ranks import RankMap
 from rank_search.study.study import Study
@@ -29,6 +29,11 @@ def test_the_same_model_gets_the_same_rank_map(kept: float) -> None:
         )
         assert carried.rank_map == rank_map
         assert carried.source == "warm-start other 7"
+
+
+def test_a_database_without_a_studys_name_is_refused() -> None:
+    with pytest.raises(StudyFileError, match=r"--warm-start sqlite:///a\.db names a database but no study; append #"):
+        OtherFront.read("sqlite:///a.db", "sqlite:///b.db")
 
 
 def test_a_sibling_gets_the_profile_at_its_own_size() -> None:
