@@ -33,7 +33,7 @@ from rank_search.ranges import bank_cuts, places, ranges_of
 from rank_search.ranks import RankMap
 from rank_search.spec import load_study_file
 from rank_search.study.bounded import thinned
-from rank_search.study.evidence import BEST, NEWEST
+from rank_search.study.evidence import BEST, NEWEST, OLDEST
 from rank_search.study.fitted import Measured
 from rank_search.study.fitting import moved
 from rank_search.study.space import MultiplierSpace
@@ -99,12 +99,13 @@ def _correlations(terms: Floats, runs: Sequence[Trials], ladder: Trials, study: 
 
 
 def _seen(run: Trials, after: int) -> list[int]:
-    """The trials of the first so many that a search goes by then: the newest, and of the front."""
+    """The trials of the first so many that a search goes by then: the oldest, the newest, and of the front."""
     front: list[int] = []
     for one in np.lexsort((run.losses[:after], run.kept[:after])).tolist():
         if not front or run.losses[one] < run.losses[front[-1]]:
             front.append(one)
-    return sorted({*thinned(front, BEST), *range(max(0, after - NEWEST), after)})
+    newest = range(max(0, after - NEWEST), after)
+    return sorted({*thinned(front, BEST), *newest, *range(min(after, OLDEST))})
 
 
 def _worse(trials: Trials, ladder: Trials) -> Floats:

@@ -1,5 +1,5 @@
-"""What a sampler of the project's own goes by: the newest measured trials, the front, and what is being measured. Read
-from the project's own tables, which hold whole rank maps in one column. No Optuna."""
+"""What a sampler of the project's own goes by: the newest measured trials and the first ones, the front, and what is
+being measured. Read from the project's own tables, which hold whole rank maps in one column. No Optuna."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from rank_search.study.tables import FrontRow, StudyRow, TrialRow
 
 NEWEST = 128
 """So many of the newest trials that are complete, feasible or not, ..."""
+OLDEST = 32
+"""... so many of the first ones, which are farthest from the closed form and tell most for that, ..."""
 BEST = 128
 """... and so many points of the front."""
 RUNNING = 256
@@ -55,7 +57,8 @@ class Evidence:
         self._rank_maps: dict[int, RankMap] = {}
 
     def read(self) -> list[Tried]:
-        """Complete trials, :data:`BEST` of the front and the :data:`NEWEST`, and :data:`RUNNING` ones, by number.
+        """Complete trials, :data:`BEST` of the front, the :data:`OLDEST` and the :data:`NEWEST`, and :data:`RUNNING`
+        ones, by number.
 
         Raises:
             StorageError: the database cannot be reached or is damaged.
@@ -65,13 +68,14 @@ class Evidence:
             columns = select(TrialRow.number, TrialRow.loss, TrialRow.kept_of_targets).where(TrialRow.study_id == study)
             complete = columns.where(TrialRow.state.in_([State.COMPLETE, State.INFEASIBLE]))
             newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
+            oldest = complete.order_by(TrialRow.number).limit(OLDEST)
             running = columns.where(TrialRow.state == State.RUNNING)
             running = running.order_by(TrialRow.number.desc()).limit(RUNNING)
             front = select(FrontRow.trial, FrontRow.loss, FrontRow.kept_of_targets).where(FrontRow.study == self._name)
-            found: dict[int, tuple[float | None, float | None]] = {}
             best = thinned(session.execute(front.order_by(FrontRow.num_params)).all(), BEST)
-            for number, loss, kept in [*best, *session.execute(newest), *session.execute(running)]:
-                found[number] = loss, kept
+            found: dict[int, tuple[float | None, float | None]] = {number: (loss, kept) for number, loss, kept in best}
+            for query in (oldest, newest, running):
+                found |= {number: (loss, kept) for number, loss, kept in session.execute(query)}
             self._read_rank_maps(session, found)
         return [Tried(number, self._rank_maps[number], *found[number]) for number in sorted(found)]
 

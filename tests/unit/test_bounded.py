@@ -32,6 +32,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bounded, evidence):
         monkeypatch.setattr(module, "NEWEST", 4)
         monkeypatch.setattr(module, "BEST", 3)
+    monkeypatch.setattr(evidence, "OLDEST", 2)
 
 
 def test_what_is_thinned_keeps_its_ends() -> None:
@@ -92,7 +93,7 @@ def test_waiting_trials_are_claimed_without_reading_finished_ones(
     assert rdb.get_all_trials(study._study_id)[1].params == {"x": 0.5}
 
 
-def test_evidence_is_the_newest_the_front_and_what_runs(
+def test_evidence_is_the_oldest_the_newest_the_front_and_what_runs(
     tmp_path: Path, narrow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = f"sqlite:///{tmp_path}/s.db"
@@ -108,7 +109,7 @@ def test_evidence_is_the_newest_the_front_and_what_runs(
         trials = {trial.number: trial for trial in store.trials("tiny")}
         complete = [number for number, trial in trials.items() if trial.measurement is not None]
         front = [point.trial for point in study.front()]
-        wanted = {*complete[-4:], *thinned(front, 3), running.number}
+        wanted = {*complete[:2], *complete[-4:], *thinned(front, 3), running.number}
         assert [one.number for one in tried] == sorted(wanted)
         assert all(one.rank_map == trials[one.number].rank_map for one in tried)
         assert [one.number for one in tried if one.loss is None] == [running.number]
