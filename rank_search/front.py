@@ -13,8 +13,8 @@ from rank_search.notebook import Row, front_html
 from rank_search.ranks import RankMap
 
 EMPTY = (
-    "the front is empty, for no trial has ended that meets the study's goals; run it, or on, or with other goals; "
-    "`rank-search status` counts its trials"
+    "the front is empty: no trial has ended that meets the study's goals; run it, let it go on, or loosen its goals "
+    "(`rank-search status` counts the trials)"
 )
 
 

@@ -26,7 +26,9 @@ _DIVERGED = 7.0
 """Median distances from their lines, of ..."""
 _DIVERGED_NEIGHBOURS = 10
 """... so many measurements about its size, by which a loss is off its own at most: one that is further up is of a
-fine-tune that went wrong, and says nothing of others."""
+fine-tune that went wrong, and says nothing of others. ..."""
+_DIVERGED_SPAN = 0.05
+"""... It is further up than this share of what losses span, too: at their ends, lines are off by what they bend."""
 _PASSES = 6
 """Over the losses, for the lines of others change with one that is left out."""
 _SMOOTH = 4
@@ -88,7 +90,9 @@ class LossCurve:
             nearest = np.argpartition(self._nearest.apart[np.ix_(near, near)], _DIVERGED_NEIGHBOURS, axis=1)
             about = off[nearest[:, :_DIVERGED_NEIGHBOURS]]
             usual = np.maximum(np.median(about, axis=1), np.median(off))
-            found[near] = (off > _DIVERGED * usual) & (off >= about.max(axis=1))
+            low, high = np.quantile(self.levelled[near], (0.1, 0.9))
+            bar = np.maximum(_DIVERGED * usual, _DIVERGED_SPAN * (high - low))
+            found[near] = (off > bar) & (off >= about.max(axis=1))
         return found
 
     @cached_property

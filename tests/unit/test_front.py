@@ -120,7 +120,7 @@ def test_a_slice_of_the_front_is_its_points() -> None:
 def test_the_knee_is_farthest_below_the_line_between_the_ends() -> None:
     assert FRONT.knee().trial == 1
     assert Front.of([_point(5, 1.0, 100)]).knee().trial == 5
-    with pytest.raises(BudgetError, match="the front is empty, for no trial has ended that meets"):
+    with pytest.raises(BudgetError, match="the front is empty: no trial has ended that meets"):
         Front().knee()
 
 
@@ -130,7 +130,7 @@ def test_an_empty_front_has_no_points_to_choose() -> None:
         lambda: Front().knee(),
     )  # fmt: skip
     for choose in choices:
-        with pytest.raises(BudgetError, match="the front is empty, for no trial has ended that meets"):
+        with pytest.raises(BudgetError, match="the front is empty: no trial has ended that meets"):
             choose()
 
 

@@ -101,8 +101,11 @@ def test_a_loss_that_is_none_of_those_about_its_size_is_left_out() -> None:
     losses = falling(kept) + random.normal(0, np.where(kept < 0.6, 0.01, 0.001))
     weights = np.ones(60)
     assert LossCurve.of_undiverged(kept, losses, weights, ())[1].all(), "where others scatter, scatter is no wonder"
+    assert LossCurve.of_undiverged(kept, falling(kept), weights, ())[1].all(), (
+        "at its ends a bent curve leaves its lines"
+    )
     wrong = losses.copy()
-    wrong[[20, 22, 50]] += [1.5, 0.5, 0.05]
+    wrong[[20, 22, 50]] += [1.5, 0.5, 0.1]
     curve, used = LossCurve.of_undiverged(kept, wrong, weights, ())
     assert np.flatnonzero(~used).tolist() == [20, 22, 50]
     others = LossCurve(kept[used], losses[used], weights[used])
