@@ -145,10 +145,14 @@ def expected_gains(
     for size, loss in known:
         reached = sizes >= size - 1e-9
         lowest[reached] = np.minimum(lowest[reached], loss)
+    # The lowest loss is the same from one point of the front to the next, so each of them is looked at once.
+    starts = np.flatnonzero(np.diff(lowest, prepend=np.inf))
+    ends = np.append(starts[1:], len(sizes))
+    larger = np.clip(ends[None, :] - np.maximum(starts[None, :], np.arange(len(sizes))[:, None]), 0, None)
     # Of a logistic distribution it is a logarithm; its deviation is π / √3 times its scale.
     scale = np.maximum(spread, 1e-9)[:, None] * np.sqrt(3) / np.pi
-    better = scale * np.logaddexp(0.0, (lowest[None, :] - expected[:, None]) / scale)
-    gains: Floats = np.triu(better).sum(axis=1) * (sizes[1] - sizes[0])
+    better = scale * np.logaddexp(0.0, (lowest[starts] - expected[:, None]) / scale)
+    gains: Floats = (better * larger).sum(axis=1) * (sizes[1] - sizes[0])
     return gains
 
 
@@ -206,15 +210,23 @@ class _Nearest:
     @classmethod
     def of(cls, kept: Floats, weights: Floats, sizes: Floats) -> _Nearest:
         """Of measurements (n,) at sizes (s,)."""
-        apart = np.abs(sizes[:, None] - kept[None, :])
-        order = np.argsort(apart, axis=1)
-        return cls(apart, weights, np.take_along_axis(apart, order, axis=1), np.cumsum(weights[order], axis=1))
+        by_size = np.argsort(kept)
+        # Falls, then rises: two runs, which a stable sort only merges.
+        valley = np.abs(sizes[:, None] - kept[None, by_size])
+        order = np.argsort(valley, axis=1, kind="stable")
+        held = np.cumsum(weights[by_size][order], axis=1)
+        return cls(np.abs(sizes[:, None] - kept[None, :]), weights, np.take_along_axis(valley, order, axis=1), held)
 
     def kernel(self, neighbours: float) -> Floats:
         """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""
         place = np.minimum((self.held < neighbours).sum(axis=1), self.apart.shape[1] - 1)
         width = np.take_along_axis(self.ordered, place[:, None], axis=1)
-        near: Floats = np.exp(-0.5 * (self.apart / np.maximum(width, 1e-6)) ** 2) * self.weights + 1e-12
+        near: Floats = self.apart / np.maximum(width, 1e-6)
+        near *= near  # in place, for this is what a proposal spends most on
+        near *= -0.5
+        np.exp(near, out=near)
+        near *= self.weights
+        near += 1e-12
         return near
 
 
