@@ -146,7 +146,7 @@ def test_a_study_without_measurements_has_nothing_to_explain(tmp_path: Path) -> 
     url = f"sqlite:///{tmp_path}/s.db"
     allocator = make_allocator()
     Study.open(make_spec(), url, allocator, make_facts(allocator)).close()
-    with pytest.raises(InputError, match="there is nothing to explain"):
+    with pytest.raises(InputError, match="no trial has ended that meets the study's goals"):
         api.explain("tiny", storage=url)
 
 

@@ -138,7 +138,8 @@ def test_a_failure_counts_and_the_study_goes_on(tmp_path: Path) -> None:
     ("search", "error", "message"),
     [
         ({"sampler": "gp", "space": "direct"}, StudyFileError, "take space = 'multipliers'"),
-        ({"ladder": [0.8, 0.05]}, BudgetError, "kept fraction 0.05"),
+        ({"ladder": [0.8, 0.05]}, StudyFileError, r"search\.ladder holds 0\.05, outside search\.min_kept to"),
+        ({"ladder": [0.8, 0.05], "space": "direct", "sampler": "tpe"}, BudgetError, "kept fraction 0.05"),
         ({"ladder": [0.98]}, StudyFileError, "ladder holds 0.98"),
     ],
 )
