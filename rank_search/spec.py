@@ -472,8 +472,8 @@ def parse_study(tables: dict[str, Any], *, where: str, stored: bool = False) -> 
         field = ".".join(str(part) for part in first["loc"])
         if field.startswith("targets.frozen."):  # followed by the pattern, and by which of two types it is not
             told = f"{first['loc'][2]!r} {tables['targets']['frozen'][first['loc'][2]]!r}"
-            told = f'targets.frozen gives {told}; give it a rank from 1 on, or "dense"'
-            raise StudyFileError(f"{where}: {told}") from None
+            told += '; give it a rank from 1 on, or "dense"'
+            raise StudyFileError(f"{where}: targets.frozen gives {told}") from None
         if first["type"] == "extra_forbidden":
             raise StudyFileError(f"{where}: unknown key {field!r}{_nearest(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")

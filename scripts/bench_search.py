@@ -74,15 +74,13 @@ from rank_search.score import score
 from rank_search.spec import StudyFile, StudySpec, load_study_file, parse_study
 from rank_search.stop_rules import StopRules
 from rank_search.study.optuna_study import quiet
-from rank_search.study.records import State
+from rank_search.study.records import MEASURED, State
 from rank_search.study.store import StudyStore
 from rank_search.study.study import Study, given_seeds
 from rank_search.task import Examples
 from rank_search.trial import Evaluator, Look
 from rank_search.worker import Outcome, work
 
-MEASURED = {State.COMPLETE, State.INFEASIBLE, State.PRUNED}
-"""States of trials that a study's sampler goes by."""
 _SEARCHED = 0.9
 """Share of its seconds that a study which climbs may measure for; the rest is sampling and storing."""
 SIMPLE = ("svd-tpe", "svd-nsga2", "bank-tpe", "bank-nsga2", "bolaco", "evolution", "ladder", "nested-ladder")

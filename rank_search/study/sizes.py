@@ -87,12 +87,11 @@ class LossCurve:
         near = np.flatnonzero(self._weights > _NEAR)
         if len(near) > _DIVERGED_NEIGHBOURS:
             off = np.abs(self._left_out[near])
-            nearest = np.argpartition(self._nearest.apart[np.ix_(near, near)], _DIVERGED_NEIGHBOURS, axis=1)
-            about = off[nearest[:, :_DIVERGED_NEIGHBOURS]]
-            usual = np.maximum(np.median(about, axis=1), np.median(off))
             low, high = np.quantile(self.levelled[near], (0.1, 0.9))
-            bar = np.maximum(_DIVERGED * usual, _DIVERGED_SPAN * (high - low))
-            found[near] = (off > bar) & (off >= about.max(axis=1))
+            far = np.flatnonzero(off > max(_DIVERGED * np.median(off), _DIVERGED_SPAN * (high - low)))
+            nearest = np.argpartition(self._nearest.apart[np.ix_(near[far], near)], _DIVERGED_NEIGHBOURS, axis=1)
+            about = off[nearest[:, :_DIVERGED_NEIGHBOURS]]
+            found[near[far]] = (off[far] > _DIVERGED * np.median(about, axis=1)) & (off[far] >= about.max(axis=1))
         return found
 
     @cached_property
@@ -210,12 +209,12 @@ class _Nearest:
     @classmethod
     def of(cls, kept: Floats, weights: Floats, sizes: Floats) -> _Nearest:
         """Of measurements (n,) at sizes (s,)."""
-        by_size = np.argsort(kept)
+        apart, by_size = np.abs(sizes[:, None] - kept[None, :]), np.argsort(kept)
         # Falls, then rises: two runs, which a stable sort only merges.
-        valley = np.abs(sizes[:, None] - kept[None, by_size])
+        valley = apart[:, by_size]
         order = np.argsort(valley, axis=1, kind="stable")
         held = np.cumsum(weights[by_size][order], axis=1)
-        return cls(np.abs(sizes[:, None] - kept[None, :]), weights, np.take_along_axis(valley, order, axis=1), held)
+        return cls(apart, weights, np.take_along_axis(valley, order, axis=1), held)
 
     def kernel(self, neighbours: float) -> Floats:
         """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""

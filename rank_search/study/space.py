@@ -96,9 +96,8 @@ def check_range(search: SearchSpec, space: RankSpace) -> None:
         BudgetError: a kept fraction below what the smallest ranks need.
         StudyFileError: a ladder that leaves the range.
     """
-    if _is_whole_numbers(search):
-        _refuse_impossible(search, space)
-    else:
+    _refuse_impossible(search, space)
+    if not _is_whole_numbers(search):
         _kept_range(search, space)
     for kept in search.ladder:
         space.budget(kept)
@@ -111,8 +110,8 @@ def make_space(search: SearchSpec, allocator: Allocator) -> SearchSpace:
         BudgetError: no kept fraction of the study's range can be met.
         StudyFileError: a ladder that leaves the range.
     """
+    _refuse_impossible(search, allocator.space)
     if _is_whole_numbers(search):
-        _refuse_impossible(search, allocator.space)
         return DirectSpace(allocator)
     return MultiplierSpace(search, allocator)
 
@@ -288,7 +287,6 @@ def random_params(distributions: Mapping[str, BaseDistribution], seed: str) -> P
 def _kept_range(search: SearchSpec, space: RankSpace) -> tuple[float, float]:
     """The study's range of kept fractions, its lower end raised to what the smallest ranks need, its upper end lowered
     to what frozen layers and the goal for parameters leave."""
-    _refuse_impossible(search, space)
     least, most = _least_kept(space), _most_kept(search, space)
     low, high = max(search.min_kept, least), min(search.max_kept, most)
     upper = "search.max_kept" if high == search.max_kept else _most_kept_by(search, space)
