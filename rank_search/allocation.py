@@ -182,12 +182,7 @@ class Allocator:
 
     def predicted_rise(self, rank_map: RankMap) -> float:
         """Predicted rise of the loss over the dense model, in nats per token."""
-        rise = 0.0
-        for curve in self._curves:
-            rank = rank_map.get(curve.shape.name)
-            if rank is not None:
-                rise += float(curve.rises[np.searchsorted(curve.ranks[curve.ranks > 0], rank)])
-        return rise
+        return float(self.rises(rank_map).sum())
 
     def _weights(self, multipliers: Mapping[str, float] | None) -> Floats:
         if not multipliers:

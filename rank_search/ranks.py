@@ -10,6 +10,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rank_search.errors import BudgetError, RankMapError, TargetError
 
 Storage = Literal["two-factor", "pivoted"]
@@ -187,7 +190,16 @@ class RankSpace:
 
     def target_params(self, rank_map: RankMap) -> int:
         """Parameters of the target layers under ``rank_map``, in this space's storage form."""
-        return sum(shape.params(rank_map.get(shape.name), self.storage) for shape in self.shapes)
+        names, factored, dense = self._sizes
+        ranks = np.array([rank_map.get(name, 0) for name in names])
+        stored = ranks * (factored - ranks if self.storage == "pivoted" else factored)
+        return int(np.where(ranks > 0, stored, dense).sum())
+
+    @cached_property
+    def _sizes(self) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+        """Name, m + n and m n of every layer: parameters are counted several times in every trial."""
+        sides = np.array([(shape.m, shape.n) for shape in self.shapes], dtype=np.int64).reshape(-1, 2)
+        return [shape.name for shape in self.shapes], sides.sum(axis=1), sides.prod(axis=1)
 
     def num_params(self, rank_map: RankMap) -> int:
         """Parameters of the whole model under ``rank_map``."""

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from rank_search.allocation import Floats
 from rank_search.study.evidence import Tried
-from rank_search.study.fitting import MultiplierFit, nearness
+from rank_search.study.fitting import MultiplierFit, moved, nearness
 from rank_search.study.sizes import LossCurve, draw_size, size_gains, size_grid
 from rank_search.study.space import MultiplierSpace, Params
 from rank_search.study.whole_space import WholeSpaceSampler
@@ -116,7 +116,7 @@ class Measured:
     @classmethod
     def of(cls, rises: Floats, closed: Floats, kept: Floats, losses: Floats, cuts: Sequence[float]) -> Measured:
         """Of rank maps by their kept fractions (n,) and losses (n,), but for those that have diverged."""
-        weights = nearness(rises, closed) + _UNLIKE
+        weights = nearness(moved(rises, closed)) + _UNLIKE
         curve, used = LossCurve.of_undiverged(kept, losses, weights, cuts)
         return cls(rises[used], closed[used], curve)
 

@@ -44,14 +44,13 @@ _CLIP = (0.5, 2.0)
 """Least and largest factor of a layer over the mean one."""
 
 
-def nearness(rises: Floats, closed: Floats) -> Floats:
+def nearness(differences: Floats) -> Floats:
     """(n,), by how much rank maps count: 1 for the closed form, less the more predicted rise they have beyond it.
 
     Args:
-        rises, closed: as for :class:`MultiplierFit`.
+        differences: (n, layers), those of :func:`moved`.
     """
-    excess = moved(rises, closed).sum(axis=1)
-    near: Floats = np.exp(-np.maximum(excess, 0.0) / _FAR)
+    near: Floats = np.exp(-np.maximum(differences.sum(axis=1), 0.0) / _FAR)
     return near
 
 
@@ -98,7 +97,8 @@ class MultiplierFit:
         self._ends = np.array(ends)
         self._places = places(self._ends, kept)
         self._kept = np.log(kept)
-        differences, weights = moved(rises, closed), nearness(rises, closed) + 1e-6
+        differences = moved(rises, closed)
+        weights = nearness(differences) + 1e-6
         slopes: Floats = _slopes(_totals(closed), losses, weights)
         self._moves = slopes[:, None] * np.column_stack([differences.sum(axis=1), differences @ terms.T])
         # What h = 1 and v = 0 leave.
@@ -112,19 +112,24 @@ class MultiplierFit:
         """Choose the scale of every part, and solve for what each loss says."""
         left, noise = _left_of_smooth(self._kept, losses, scatter, weights), scatter**2 / weights
         of_size = self._of_size(losses, left)
-        judges = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _JUDGES)).astype(int))
-        among, diagonal = np.ix_(judges, judges), np.diag_indices(len(judges))
         beside, products = self._beside(*self._places), (self._moves * self._prior) @ self._moves.T
-        covariances = {shares: products * _alike(beside, shares) for shares in _SHARES}
+        judges = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), _JUDGES)).astype(int))
+        among = np.ix_(judges, judges)
+        judged = {shares: products[among] * _alike((beside[0][among], beside[1][among]), shares) for shares in _SHARES}
         best = -np.inf
         for shares, scale in product(_SHARES, _SCALES):
-            known = of_size + scale * covariances[shares]
+            known = of_size[among] + scale * judged[shares]
             for level in _NOISES:
-                judged, variance = known[among], (level * left) ** 2 * noise
-                judged[diagonal] += variance[judges]
-                likely = _log_likelihood(judged, losses[judges]) - 0.5 * np.log(scale) ** 2
+                likely = _log_likelihood(known, (level * left) ** 2 * noise[judges], losses[judges])
+                likely -= 0.5 * np.log(scale) ** 2
                 if likely > best:
-                    best, self._shares, self._scale, whole = likely, shares, scale, known + np.diag(variance)
+                    best, self._shares, self._scale, chosen = likely, shares, scale, level
+        # In place, as below: to get memory for a matrix takes longer than to fill it.
+        whole = products
+        whole *= self._scale
+        whole *= _alike(beside, self._shares)
+        whole += of_size
+        whole[np.diag_indices(len(losses))] += (chosen * left) ** 2 * noise
         self._said: Floats = np.asarray(np.linalg.solve(whole, losses), dtype=np.float64)
 
     def at(self, kept: float) -> Floats:
@@ -156,11 +161,16 @@ class MultiplierFit:
     def _of_size(self, losses: Floats, left: float) -> Floats:
         """(n, n), covariance of the function of size."""
         apart = self._kept[:, None] - self._kept
+        apart *= apart
         number, _ = self._places
-        smooth = 1 + np.exp(-0.5 * (apart / _SMOOTH) ** 2)
-        bends = (number[:, None] == number) * np.exp(-0.5 * (apart / _BEND) ** 2)
         variance = float(losses.var()) + 1e-12
-        covariance: Floats = 4 * variance * smooth + (_BENDS * left) ** 2 * bends
+        covariance: Floats = np.exp(apart * (-0.5 / _SMOOTH**2))
+        covariance += 1
+        covariance *= 4 * variance
+        bends = np.exp(np.multiply(apart, -0.5 / _BEND**2, out=apart), out=apart)
+        bends *= number[:, None] == number
+        bends *= (_BENDS * left) ** 2
+        covariance += bends
         # So little that it stands for nothing, and enough for losses that lie on a curve exactly.
         covariance[np.diag_indices(len(losses))] += 8e-9 * variance
         return covariance
@@ -169,7 +179,10 @@ class MultiplierFit:
 def _alike(beside: tuple[Bools, Floats], shares: tuple[float, float, float]) -> Floats:
     """(s, n), correlation of h and v between sizes that lie so beside each other."""
     (same, near), (always, in_range, at_place) = beside, shares
-    alike: Floats = always + same * (in_range + at_place * near)
+    alike: Floats = at_place * near
+    alike += in_range
+    alike *= same
+    alike += always
     return alike
 
 
@@ -201,7 +214,20 @@ def _left_of_smooth(kept: Floats, losses: Floats, scatter: Floats, weights: Floa
     return float(np.sqrt(np.average((left / scatter) ** 2, weights=weights))) + 1e-9
 
 
-def _log_likelihood(covariance: Floats, losses: Floats) -> float:
-    """Of losses under a Gaussian process, but for a constant."""
-    root = np.linalg.cholesky(covariance)
-    return float(-0.5 * np.square(np.linalg.solve(root, losses)).sum() - np.log(np.diagonal(root)).sum())
+def _log_likelihood(known: Floats, noise: Floats, losses: Floats) -> float:
+    """Of losses under a Gaussian process, but for a constant.
+
+    Args:
+        known: (j, j), covariance of what they are of.
+        noise: (j,), variance of each on top.
+    """
+    count = len(losses)
+    # A row more, for the losses: it holds them, whitened, in the root.
+    bordered = np.empty((count + 1, count + 1))
+    bordered[:count, :count] = known
+    bordered[np.diag_indices(count)] += noise
+    bordered[count, :count] = losses
+    # Any that is above the square of what is whitened will do.
+    bordered[count, count] = 2 * (losses**2 / noise).sum() + 1
+    root = np.linalg.cholesky(bordered)
+    return float(-0.5 * np.square(root[count, :count]).sum() - np.log(np.diagonal(root)[:count]).sum())

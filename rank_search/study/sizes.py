@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +30,14 @@ _DIVERGED_SPAN = 0.05
 """... It is further up than this share of what losses span, too: at their ends, lines are off by what they bend."""
 _PASSES = 6
 """Over the losses, for the lines of others change with one that is left out."""
+_HALVINGS = 20
+"""Of the distance that holds so many neighbours: to a millionth."""
+_ROWS = 48
+"""Sizes at a time: what is computed for them stays in the processor's cache."""
+_LEAST_NEAR = 1e-12
+"""What a measurement counts however far it is, ..."""
+_FARTHEST = -40.0
+"""... whose logarithm is above this one by much. Below, exponentials run out of exponents, which is slow."""
 _SMOOTH = 4
 """Power of the logarithm of the size up to which losses are smooth between jumps."""
 _DOUBT = 0.06
@@ -60,10 +67,10 @@ class LossCurve:
         self.cuts: Floats = np.array(cuts, float)
         self._jumps = _jumps(kept, losses, weights, self.cuts)
         self.levelled: Floats = losses - _above(kept, self.cuts) @ self._jumps
-        self._nearest = _Nearest.of(kept, weights, kept)
-        own = _shares(self._nearest.kernel(_NEIGHBOURS), kept, kept) if len(kept) else np.zeros((0, 0))
+        self._about = _About(kept, weights)
+        lines, leverage = self._about.lines(kept, self.levelled)
         # As if every measurement were not there for its own line.
-        self._left_out = (self.levelled - own @ self.levelled) / np.maximum(1 - np.diagonal(own), _LEAST_LEFT)
+        self._left_out = (self.levelled - lines) / np.maximum(1 - weights * leverage, _LEAST_LEFT)
 
     @classmethod
     def of_undiverged(
@@ -89,7 +96,8 @@ class LossCurve:
             off = np.abs(self._left_out[near])
             low, high = np.quantile(self.levelled[near], (0.1, 0.9))
             far = np.flatnonzero(off > max(_DIVERGED * np.median(off), _DIVERGED_SPAN * (high - low)))
-            nearest = np.argpartition(self._nearest.apart[np.ix_(near[far], near)], _DIVERGED_NEIGHBOURS, axis=1)
+            apart = np.abs(self.kept[near[far], None] - self.kept[near])
+            nearest = np.argpartition(apart, _DIVERGED_NEIGHBOURS, axis=1)
             about = off[nearest[:, :_DIVERGED_NEIGHBOURS]]
             found[near[far]] = (off[far] > _DIVERGED * np.median(about, axis=1)) & (off[far] >= about.max(axis=1))
         return found
@@ -97,17 +105,17 @@ class LossCurve:
     @cached_property
     def spread(self) -> Floats:
         """(n,), by how much losses of about each one's size scatter."""
-        return self._spread_at(self._nearest) if len(self.kept) else self.kept
+        return self._spread_at(self.kept)
 
     def at(self, sizes: Floats) -> tuple[Floats, Floats]:
         """(s,) and (s,), nats per token, at kept fractions (s,); something must have been measured."""
-        nearest = _Nearest.of(self.kept, self._weights, sizes)
-        smooth = _shares(nearest.kernel(_NEIGHBOURS), self.kept, sizes) @ self.levelled
-        return smooth + _above(sizes, self.cuts) @ self._jumps, self._spread_at(nearest)
+        smooth, _ = self._about.lines(sizes, self.levelled)
+        return smooth + _above(sizes, self.cuts) @ self._jumps, self._spread_at(sizes)
 
-    def _spread_at(self, nearest: _Nearest) -> Floats:
-        near = nearest.kernel(_SPREAD_NEIGHBOURS)
-        spread: Floats = np.sqrt(near @ self._left_out**2 / near.sum(axis=1))
+    def _spread_at(self, sizes: Floats) -> Floats:
+        squares = np.column_stack([np.ones(len(self.kept)), self._left_out**2])
+        sums = self._about.sums(sizes, _SPREAD_NEIGHBOURS, squares)
+        spread: Floats = np.sqrt(sums[:, 1] / sums[:, 0])
         return spread
 
 
@@ -190,51 +198,63 @@ def _jumps(kept: Floats, losses: Floats, weights: Floats, cuts: Floats) -> Float
     return jumps
 
 
-@dataclass(frozen=True, slots=True)
-class _Nearest:
-    """Measurements about every size.
+class _About:
+    """Measurements about a size: a Gaussian kernel over their distances, as wide as it takes to hold so many.
 
-    Attributes:
-        apart: (s, n), distance of every measurement from every size.
-        weights: (n,), of the measurements.
-        ordered: (s, n), distances, ascending.
-        held: (s, n), weights of all measurements so near.
+    Args:
+        kept, weights: (n,), of what was measured.
     """
 
-    apart: Floats
-    weights: Floats
-    ordered: Floats
-    held: Floats
+    def __init__(self, kept: Floats, weights: Floats) -> None:
+        order = np.argsort(kept)
+        self._kept, self._weights, self._ascending = kept, weights, kept[order]
+        self._before = np.append(0.0, np.cumsum(weights[order]))
 
-    @classmethod
-    def of(cls, kept: Floats, weights: Floats, sizes: Floats) -> _Nearest:
-        """Of measurements (n,) at sizes (s,)."""
-        apart, by_size = np.abs(sizes[:, None] - kept[None, :]), np.argsort(kept)
-        # Falls, then rises: two runs, which a stable sort only merges.
-        valley = apart[:, by_size]
-        order = np.argsort(valley, axis=1, kind="stable")
-        held = np.cumsum(weights[by_size][order], axis=1)
-        return cls(apart, weights, np.take_along_axis(valley, order, axis=1), held)
+    def lines(self, sizes: Floats, values: Floats) -> tuple[Floats, Floats]:
+        """(s,), at every size what a line through the values (n,) around it says; and (s,), what share a measurement at
+        that size has in it, for every unit of its weight."""
+        if not len(sizes):
+            return sizes, sizes
+        # About their means, for sums of squares are to leave something.
+        origin, level = float(self._kept.mean()), float(values.mean())
+        x, y = self._kept - origin, values - level
+        total, first, second, height, product = self.sums(
+            sizes, _NEIGHBOURS, np.column_stack([np.ones(len(x)), x, x * x, y, x * y])
+        ).T
+        middle = first / total
+        moment = second - middle * first + _NARROW**2 * total
+        off = sizes - origin - middle
+        lines: Floats = level + height / total + (product - middle * height) / moment * off
+        leverage: Floats = 1 / total + off**2 / moment
+        return lines, leverage
 
-    def kernel(self, neighbours: float) -> Floats:
-        """(s, n): weight of every measurement at every size; as wide as it takes to hold so many."""
-        place = np.minimum((self.held < neighbours).sum(axis=1), self.apart.shape[1] - 1)
-        width = np.take_along_axis(self.ordered, place[:, None], axis=1)
-        near: Floats = self.apart / np.maximum(width, 1e-6)
-        near *= near  # in place, for this is what a proposal spends most on
-        near *= -0.5
-        np.exp(near, out=near)
-        near *= self.weights
-        near += 1e-12
-        return near
+    def sums(self, sizes: Floats, neighbours: float, columns: Floats) -> Floats:
+        """(s, k), of columns (n, k) over the measurements, by how near every size they are."""
+        widths, weighted = self._widths(sizes, neighbours), self._weights[:, None] * columns
+        sums: Floats = np.empty((len(sizes), columns.shape[1]))
+        for start in range(0, len(sizes), _ROWS):
+            rows = slice(start, start + _ROWS)
+            near: Floats = sizes[rows, None] - self._kept
+            near /= widths[rows, None]  # in place, for this is what a proposal spends most on
+            near *= near
+            near *= -0.5
+            np.maximum(near, _FARTHEST, out=near)
+            np.exp(near, out=near)
+            sums[rows] = near @ weighted
+        sums += _LEAST_NEAR * columns.sum(axis=0)
+        return sums
 
-
-def _shares(near: Floats, kept: Floats, sizes: Floats) -> Floats:
-    """(s, n): what each measurement counts in the value, at every size, of a line through those around it; ``near`` is
-    their kernel."""
-    total = near.sum(axis=1)
-    middle = near @ kept / total
-    off = kept[None, :] - middle[:, None]
-    moment = (near * off**2).sum(axis=1) + _NARROW**2 * total
-    shares: Floats = near / total[:, None] + near * off * ((sizes - middle) / moment)[:, None]
-    return shares
+    def _widths(self, sizes: Floats, neighbours: float) -> Floats:
+        """(s,), distance within which so many measurements lie, by their weights; all, where they are fewer."""
+        if not len(sizes):
+            return sizes
+        below = np.zeros(len(sizes))
+        above = np.maximum(np.abs(sizes - self._ascending[0]), np.abs(sizes - self._ascending[-1]))
+        for _ in range(_HALVINGS):
+            middle = (below + above) / 2
+            last = np.searchsorted(self._ascending, sizes + middle, side="right")
+            held = self._before[last] - self._before[np.searchsorted(self._ascending, sizes - middle)]
+            enough = held >= neighbours
+            above, below = np.where(enough, middle, above), np.where(enough, below, middle)
+        widths: Floats = np.maximum(above, 1e-6)
+        return widths
