@@ -53,8 +53,17 @@ class Evidence:
 
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = engine.execution_options(**READ_ONLY)
-        self._name = name
         self._rank_maps: dict[int, RankMap] = {}
+        # Made once, for to make a statement takes about as long as to execute it.
+        self._mine = TrialRow.study_id == select(StudyRow.id).where(StudyRow.name == name).scalar_subquery()
+        columns = select(TrialRow.number, TrialRow.loss, TrialRow.kept_of_targets).where(self._mine)
+        complete = columns.where(TrialRow.state.in_([State.COMPLETE, State.INFEASIBLE]))
+        oldest = complete.order_by(TrialRow.number).limit(OLDEST)
+        newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
+        running = columns.where(TrialRow.state == State.RUNNING).order_by(TrialRow.number.desc()).limit(RUNNING)
+        self._queries = oldest, newest, running
+        front = select(FrontRow.trial, FrontRow.loss, FrontRow.kept_of_targets).where(FrontRow.study == name)
+        self._front = front.order_by(FrontRow.num_params)
 
     def read(self) -> list[Tried]:
         """Complete trials, :data:`BEST` of the front, the :data:`OLDEST` and the :data:`NEWEST`, and :data:`RUNNING`
@@ -64,17 +73,9 @@ class Evidence:
             StorageError: the database cannot be reached or is damaged.
         """
         with translated(self._engine.url), Session(self._engine) as session:
-            study = select(StudyRow.id).where(StudyRow.name == self._name).scalar_subquery()
-            columns = select(TrialRow.number, TrialRow.loss, TrialRow.kept_of_targets).where(TrialRow.study_id == study)
-            complete = columns.where(TrialRow.state.in_([State.COMPLETE, State.INFEASIBLE]))
-            newest = complete.order_by(TrialRow.number.desc()).limit(NEWEST)
-            oldest = complete.order_by(TrialRow.number).limit(OLDEST)
-            running = columns.where(TrialRow.state == State.RUNNING)
-            running = running.order_by(TrialRow.number.desc()).limit(RUNNING)
-            front = select(FrontRow.trial, FrontRow.loss, FrontRow.kept_of_targets).where(FrontRow.study == self._name)
-            best = thinned(session.execute(front.order_by(FrontRow.num_params)).all(), BEST)
+            best = thinned(session.execute(self._front).all(), BEST)
             found: dict[int, tuple[float | None, float | None]] = {number: (loss, kept) for number, loss, kept in best}
-            for query in (oldest, newest, running):
+            for query in self._queries:
                 found |= {number: (loss, kept) for number, loss, kept in session.execute(query)}
             self._read_rank_maps(session, found)
         return [Tried(number, self._rank_maps[number], *found[number]) for number in sorted(found)]
@@ -82,8 +83,5 @@ class Evidence:
     def _read_rank_maps(self, session: Session, numbers: Iterable[int]) -> None:
         wanted = [number for number in numbers if number not in self._rank_maps]
         if wanted:
-            study = select(StudyRow.id).where(StudyRow.name == self._name).scalar_subquery()
-            query = select(TrialRow.number, TrialRow.rank_map).where(
-                TrialRow.study_id == study, TrialRow.number.in_(wanted)
-            )
+            query = select(TrialRow.number, TrialRow.rank_map).where(self._mine, TrialRow.number.in_(wanted))
             self._rank_maps |= {number: rank_map_of(text) for number, text in session.execute(query)}
