@@ -107,7 +107,7 @@ def run(
     if warm_start is not None:
         from rank_search.study.warm_start import OtherFront
 
-        other = OtherFront.read(warm_start, url)
+        other = OtherFront.read(warm_start, url, file.spec.name)
     from rank_search.dashboard.refreshing import Refreshing
     from rank_search.dashboard.spectra import Spectra
     from rank_search.preparing import prepare as prepare_study

@@ -39,14 +39,16 @@ class OtherFront:
     points: tuple[FrontPoint, ...]
 
     @classmethod
-    def read(cls, told: str, database: str) -> Self:
+    def read(cls, told: str, own_database: str, own_name: str) -> Self:
         """Read a front as ``--warm-start`` names it.
 
         Args:
-            told: a study file, whose database is the SQLite file beside it; ``URL#NAME``; or a name in ``database``.
+            told: a study file, whose database is the SQLite file beside it; ``URL#NAME``; or a name in the database of
+                the study that is to begin with it.
+            own_database, own_name: of that one.
 
         Raises:
-            StudyFileError: no such study file, or a database without a study's name.
+            StudyFileError: no such study file, a database without a study's name, or the study itself.
             StorageError: no such database, or no such study in it.
         """
         if Path(told).suffix == ".toml":
@@ -57,7 +59,9 @@ class OtherFront:
         elif "://" in told:
             raise StudyFileError(f"--warm-start {told} names a database but no study; append #NAME")
         else:
-            name = told
+            database, name = own_database, told
+        if (database, name) == (own_database, own_name):
+            raise StudyFileError(f"--warm-start {told} is the study itself, which goes on anyway; name another one")
         with StudyStore(database) as store:
             record, front = store.study(name), store.front(name)
         return cls(name, record.facts.shapes, record.spec.targets.storage, front.points)

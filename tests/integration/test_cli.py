@@ -323,6 +323,7 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path, make_study: Make
     assert done.stdout == "[2, 2]\n"
     of_model, of_text = done.stderr.splitlines()
     assert of_model.startswith("rank-search: error: model 'owner/model' cannot be loaded: ")
+    assert "; nor is it a folder here (" in of_model
     assert of_text.startswith("rank-search: error: text owner/corpus (split test): ")
 
 

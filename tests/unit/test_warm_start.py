@@ -33,7 +33,13 @@ def test_the_same_model_gets_the_same_rank_map(kept: float) -> None:
 
 def test_a_database_without_a_studys_name_is_refused() -> None:
     with pytest.raises(StudyFileError, match=r"--warm-start sqlite:///a\.db names a database but no study; append #"):
-        OtherFront.read("sqlite:///a.db", "sqlite:///b.db")
+        OtherFront.read("sqlite:///a.db", "sqlite:///b.db", "own")
+
+
+@pytest.mark.parametrize("told", ["own", "sqlite:///a.db#own"])
+def test_a_study_does_not_begin_with_its_own_front(told: str) -> None:
+    with pytest.raises(StudyFileError, match=f"^--warm-start {told} is the study itself, .*; name another one$"):
+        OtherFront.read(told, "sqlite:///a.db", "own")
 
 
 def test_a_sibling_gets_the_profile_at_its_own_size() -> None:
@@ -82,7 +88,7 @@ def test_a_study_measures_the_other_front_first_and_once(tmp_path: Path, space: 
     spec = make_spec("second", space=space, sampler=sampler, ladder=[0.7], seeds=["closed-form"])
     for _ in range(2):  # resumed with the same option
         study = Study.open(spec, storage, allocator, make_facts(allocator))
-        carried = OtherFront.read(f"{storage}#first", "sqlite:///none.db").carried_to(allocator, spec.search)
+        carried = OtherFront.read(f"{storage}#first", "sqlite:///none.db", "second").carried_to(allocator, spec.search)
         new = study.warm_start(carried)
         if not new:
             break
@@ -101,4 +107,4 @@ def test_a_study_that_is_not_there_is_refused(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/s.db"
     open_study(storage, ladder=[0.7]).close()
     with pytest.raises(StorageError, match="no study 'other'; known studies are tiny"):
-        OtherFront.read("other", storage)
+        OtherFront.read("other", storage, "own")
