@@ -17,6 +17,7 @@ from rank_search.dashboard.viewing import StudyView as StudyView
 from rank_search.errors import BudgetError, CrowdedError, DataError, RankMapError, StorageError
 from rank_search.export.rank_map_file import RankMapFile
 from rank_search.front import Front, FrontPoint
+from rank_search.idle_keys import idle_keys
 from rank_search.progress import SILENT, Progress
 from rank_search.ranks import LayerShape, RankMap
 from rank_search.spec import DataSpec, ModelSpec, StudyFile, TargetSpec, TaskName, load_study_file, parse_study
@@ -64,7 +65,7 @@ def prepare(study: StudyLike, *, progress: Progress = SILENT) -> Prepared:
     """Load the model, cut the text into blocks, and open or build the factor bank."""
     from rank_search.preparing import prepare as prepare_study
 
-    return prepare_study(_file(study), progress=progress)
+    return prepare_study(_begun(study, progress), progress=progress)
 
 
 def run(
@@ -91,7 +92,7 @@ def run(
         StudyMismatchError: the study was made with a file, model or text that means something else.
         TrialError: several trials in a row failed for the same reason.
     """
-    file = _file(study)
+    file = _begun(study, progress)
     if settle and trials is not None:
         raise BudgetError("give trials or settle, not both: settling takes as many trials as it needs")
     wanted = None if settle else _wanted(trials, file)
@@ -396,6 +397,14 @@ def _evaluation(result: ModelScore) -> Evaluation:
 
 def _file(study: StudyLike) -> StudyFile:
     return study if isinstance(study, StudyFile) else load_study_file(study)
+
+
+def _begun(study: StudyLike, progress: Progress) -> StudyFile:
+    """The study file; that a key in it does nothing is said."""
+    file = _file(study)
+    for told in idle_keys(file.spec):
+        progress.say(told)
+    return file
 
 
 def _existing_file(study: StudyLike) -> StudyFile | None:

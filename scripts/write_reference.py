@@ -17,9 +17,10 @@ from rank_search.spec import StudySpec
 
 HEAD = """# The study file
 
-TOML, checked before anything runs; an unknown key is refused with the nearest known name. Relative paths start from the
-study file's folder. A study can be resumed as long as its file means the same: the keys of `[search]` that say when to
-stop and all of `[run]` may change, any other change is refused and named.
+TOML, checked before anything runs; an unknown key is refused with the nearest known name, one that does nothing beside
+the others is told when a study begins. Relative paths start from the study file's folder. A study can be resumed as
+long as its file means the same: the keys of `[search]` that say when to stop and all of `[run]` may change, any other
+change is refused and named.
 
 `name` is the study's name in the database: letters, digits, `.`, `_` and `-`.
 """

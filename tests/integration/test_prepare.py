@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rank_search import api
 from rank_search.errors import BankError, BudgetError, DataError, DeviceError, NonFiniteLossError, TargetError
 from rank_search.factors import tensor_files
 from rank_search.factors.bank import bank_path
@@ -17,6 +18,7 @@ from rank_search.preparing import Prepared, prepare
 from rank_search.ranks import RankSpace
 from rank_search.spec import Method, load_study_file
 from tests.conftest import StudyFactory
+from tests.data.heard import Heard
 
 
 def _prepare(path: Path) -> Prepared:
@@ -118,6 +120,14 @@ def test_the_allocator_predicts_by_the_banks_singular_values(tiny_study: StudyFa
     assert prepared.allocator.predicted_rise(rank_map) < prepared.allocator.predicted_rise(
         prepared.allocator.uniform(0.5)
     )
+
+
+def test_a_key_that_does_nothing_is_said_when_a_study_begins(tiny_study: StudyFactory) -> None:
+    path, heard = tiny_study(finetune={"nested_steps": 8}, search={"trials": 1}), Heard()
+    idle = "finetune.nested_steps does nothing here: it counts where finetune.mode is 'nested'"
+    api.prepare(path, progress=heard)
+    api.run(path, progress=heard)
+    assert heard.lines.count(idle) == 2
 
 
 def test_a_check_refuses_before_anything_is_written(tiny_study: StudyFactory) -> None:
