@@ -16,7 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Table, delete, insert, select, union_all, update
+from sqlalchemy import Connection, Table, bindparam, delete, insert, select, union_all, update
 
 from rank_search.study.engine import READ_ONLY
 
@@ -27,12 +27,20 @@ _VALUES: Table = models.TrialValueModel.__table__
 _SHOWN: Table = models.TrialUserAttributeModel.__table__
 _HIDDEN: Table = models.TrialSystemAttributeModel.__table__
 
+# Statements of every trial, for one takes about as long to make as to execute.
+_OF_STUDY = _TRIALS.c.study_id == bindparam("study")
+_LOCKED_STUDY = select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == bindparam("study")).with_for_update()
+_NEWEST_NUMBER = select(_TRIALS.c.number).where(_OF_STUDY).order_by(_TRIALS.c.trial_id.desc()).limit(1)
+_IN_STATES = (
+    select(_TRIALS.c.trial_id).where(_OF_STUDY, _TRIALS.c.state.in_(bindparam("states", expanding=True))).limit(1)
+)
+_LOCKED_STATE = select(_TRIALS.c.state).where(_TRIALS.c.trial_id == bindparam("trial")).with_for_update()
+
 
 def has_trials(storage: RDBStorage, study_id: int, states: Iterable[TrialState]) -> bool:
     """Whether a study has a trial in one of the states."""
-    query = select(_TRIALS.c.trial_id).where(_TRIALS.c.study_id == study_id, _TRIALS.c.state.in_(list(states)))
     with storage.engine.connect().execution_options(**READ_ONLY) as connection:
-        return connection.scalar(query.limit(1)) is not None
+        return connection.scalar(_IN_STATES, {"study": study_id, "states": list(states)}) is not None
 
 
 def has_attribute(storage: RDBStorage, study_id: int, key: str, value: Any) -> bool:
@@ -48,9 +56,8 @@ def create_trial(storage: RDBStorage, study_id: int, shown: Mapping[str, Any]) -
     now = datetime.now(UTC)
     with storage.engine.begin() as connection:
         # Whoever makes a trial locks the study's row first, Optuna too, so the newest trial has the highest number.
-        connection.execute(select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id).with_for_update())
-        newest = select(_TRIALS.c.number).where(_TRIALS.c.study_id == study_id).order_by(_TRIALS.c.trial_id.desc())
-        before = connection.scalar(newest.limit(1))
+        connection.execute(_LOCKED_STUDY, {"study": study_id})
+        before = connection.scalar(_NEWEST_NUMBER, {"study": study_id})
         number = 0 if before is None else before + 1
         row = {"study_id": study_id, "number": number, "state": TrialState.RUNNING, "datetime_start": _stored(now)}
         made = connection.execute(insert(_TRIALS).values(row)).inserted_primary_key
@@ -109,8 +116,7 @@ def end_trial(
 
 
 def _lock_unfinished(connection: Connection, trial_id: int) -> None:
-    query = select(_TRIALS.c.state).where(_TRIALS.c.trial_id == trial_id)
-    if connection.execute(query.with_for_update()).scalar_one().is_finished():
+    if connection.execute(_LOCKED_STATE, {"trial": trial_id}).scalar_one().is_finished():
         raise UpdateFinishedTrialError(f"trial {trial_id} has ended")
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection, Engine, Select, and_, case, func, literal, or_, select
+from sqlalchemy import Connection, Engine, Select, and_, bindparam, case, func, literal, or_, select
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
@@ -455,8 +455,7 @@ class StudyStore:
             yield session, study, trial
 
     def _key(self, session: Session, name: str, *, lock: bool = False) -> StudyKey:
-        query = select(StudyRow.id).where(StudyRow.name == name)
-        found = session.scalar(query.with_for_update() if lock else query)
+        found = session.scalar(_LOCKED_KEY if lock else _KEY, {"name": name})
         if found is None:
             raise no_study(session, self.engine.url, name)
         return StudyKey(found, name)
@@ -467,6 +466,11 @@ class StudyStore:
         if row is None:
             raise no_study(session, self.engine.url, name)
         return row
+
+
+# Every trial's, so made once.
+_KEY = select(StudyRow.id).where(StudyRow.name == bindparam("name"))
+_LOCKED_KEY = _KEY.with_for_update()
 
 
 def no_study(session: Session | Connection, url: URL, name: str) -> StorageError:

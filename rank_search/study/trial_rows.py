@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Select, case, exists, select
+from sqlalchemy import ColumnElement, Select, bindparam, case, exists, select
 from sqlalchemy.orm import Session
 
 from rank_search.errors import LeaseLostError
@@ -44,9 +44,7 @@ class HeldTrial:
     @classmethod
     def find(cls, session: Session, study: StudyKey, number: int, rung: int) -> HeldTrial | None:
         """None if there is none of this number."""
-        has_rung = exists(rungs_query(study, number).where(MeasurementRow.rung == rung))
-        query = trial_query(study, number).add_columns(has_rung, lease_id(study.id, number))
-        found = session.execute(query).one_or_none()
+        found = session.execute(_HELD, {"study_id": study.id, "trial": number, "rung": rung}).one_or_none()
         return None if found is None else cls(found[0], found[1], study, found[2])
 
     @property
@@ -97,22 +95,36 @@ def promoted(mine: ColumnElement[bool]) -> ColumnElement[bool]:
     return TrialRow.number.in_(select(TrialRow.promotes).where(mine, TrialRow.promotes.is_not(None)))
 
 
+_HELD = select(
+    TrialRow,
+    exists().where(
+        MeasurementRow.study_id == bindparam("study_id"),
+        MeasurementRow.trial == bindparam("trial"),
+        MeasurementRow.rung == bindparam("rung"),
+    ),
+    lease_id(),
+).where(TrialRow.study_id == bindparam("study_id"), TrialRow.number == bindparam("trial"))
+_EQUAL = (
+    select(TrialRow.number)
+    .where(
+        TrialRow.study_id == bindparam("study_id"),
+        TrialRow.rank_map_digest == bindparam("digest"),
+        TrialRow.state.in_([*FINISHED, State.RUNNING]),
+        TrialRow.number.not_in(bindparam("but", expanding=True)),
+    )
+    .order_by(
+        case(
+            {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
+        ),
+        TrialRow.number,
+    )
+    .limit(1)
+)
+
+
 def equal_trial(session: Session, row: TrialRow, but: Sequence[int]) -> int | None:
     """Number of a trial, ``but`` some, that has a new one's rank map: the one that got farthest."""
-    order = case(
-        {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
-    )
-    query = (
-        select(TrialRow.number)
-        .where(
-            TrialRow.study_id == row.study_id,
-            TrialRow.rank_map_digest == row.rank_map_digest,
-            TrialRow.state.in_([*FINISHED, State.RUNNING]),
-            TrialRow.number.not_in(but),
-        )
-        .order_by(order, TrialRow.number)
-    )
-    return session.scalar(query.limit(1))
+    return session.scalar(_EQUAL, {"study_id": row.study_id, "digest": row.rank_map_digest, "but": list(but)})
 
 
 def take_over_rungs(session: Session, study: StudyKey, old: int, new: int) -> None:
