@@ -137,8 +137,10 @@ def load_model(spec: ModelSpec, folder: Path, device: torch.device, *others: tor
             raise ModelError(
                 f"model {spec.source!r} needs code of its own; set model.trust_remote_code = true if you trust it"
             ) from error
-        nor_here = "" if where.is_local else f"; nor is it a folder here ({folder / spec.source})"
-        raise ModelError(f"model {spec.source!r} cannot be loaded: {one_line(error)}{nor_here}") from error
+        reason = one_line(error)
+        if not where.is_local:
+            reason = f"{reason.rstrip('.')}; nor is it a folder here ({folder / spec.source})"
+        raise ModelError(f"model {spec.source!r} cannot be loaded: {reason}") from error
     model, info = pretrained
     missing = sorted(info["missing_keys"])
     if missing:
