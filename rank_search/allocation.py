@@ -16,10 +16,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from rank_search.ranks import LayerShape, RankMap, RankSpace
+from rank_search.ranks import Ints, LayerShape, RankMap, RankSpace
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 

@@ -14,8 +14,9 @@ _RULES: tuple[_Rule, ...] = (
         lambda spec: "sliced" in (spec.search.fidelities or ()), "search.fidelities has 'sliced'",
     ),
     (
-        "search", ("multiplier_range", "depth_buckets"),
-        lambda spec: spec.search.space != "direct", "search.space is 'multipliers' or 'groups'",
+        "search", ("multiplier_range",),
+        lambda spec: spec.search.space != "direct" or spec.finetune.mode == "nested",
+        "search.space is 'multipliers' or 'groups', or finetune.mode 'nested'",
     ),
     ("search", ("flat_tolerance",), lambda spec: spec.search.flat_trials is not None, "search.flat_trials is given"),
     (

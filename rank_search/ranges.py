@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from rank_search.allocation import Floats, Ints
-from rank_search.ranks import RankSpace
+from rank_search.allocation import Floats
+from rank_search.ranks import Ints, RankSpace
 from rank_search.search_spec import SearchSpec
 from rank_search.spec import StudySpec
 

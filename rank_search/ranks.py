@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,15 @@ from rank_search.errors import BudgetError, RankMapError, TargetError
 Storage = Literal["two-factor", "pivoted"]
 """How a matrix of rank r is stored: two factors, r (m + n) numbers, or r kept rows and the
 coefficients of the others, r (m + n - r) numbers."""
+
+
+Ints = NDArray[np.int64]
+_Whole = TypeVar("_Whole", int, Ints)
+
+
+def _factored(rank: _Whole, sides: _Whole, storage: Storage) -> _Whole:
+    """Numbers stored at a rank of a layer, or of many, whose m + n are ``sides``."""
+    return rank * (sides - rank) if storage == "pivoted" else rank * sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +55,7 @@ class LayerShape:
         """Numbers stored at ``rank``; ``None`` is dense."""
         if rank is None:
             return self.dense_params
-        if storage == "pivoted":
-            return rank * (self.m + self.n - rank)
-        return rank * (self.m + self.n)
+        return _factored(rank, self.m + self.n, storage)
 
     def max_rank(self, storage: Storage = "two-factor") -> int:
         """Largest rank that stores fewer numbers than the dense matrix; 0 if there is none."""
@@ -190,13 +197,12 @@ class RankSpace:
 
     def target_params(self, rank_map: RankMap) -> int:
         """Parameters of the target layers under ``rank_map``, in this space's storage form."""
-        names, factored, dense = self._sizes
-        ranks = np.array([rank_map.get(name, 0) for name in names])
-        stored = ranks * (factored - ranks if self.storage == "pivoted" else factored)
-        return int(np.where(ranks > 0, stored, dense).sum())
+        names, sides, dense = self._sizes
+        ranks = np.array([rank_map.get(name, 0) for name in names], dtype=np.int64)
+        return int(np.where(ranks > 0, _factored(ranks, sides, self.storage), dense).sum())
 
     @cached_property
-    def _sizes(self) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    def _sizes(self) -> tuple[list[str], Ints, Ints]:
         """Name, m + n and m n of every layer: parameters are counted several times in every trial."""
         sides = np.array([(shape.m, shape.n) for shape in self.shapes], dtype=np.int64).reshape(-1, 2)
         return [shape.name for shape in self.shapes], sides.sum(axis=1), sides.prod(axis=1)

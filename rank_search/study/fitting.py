@@ -7,8 +7,9 @@ from itertools import product
 
 import numpy as np
 
-from rank_search.allocation import Bools, Floats, Ints
+from rank_search.allocation import Bools, Floats
 from rank_search.ranges import places
+from rank_search.ranks import Ints
 
 LEAST = 5
 """Losses before anything is fitted."""

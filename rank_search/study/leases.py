@@ -55,6 +55,15 @@ class Lease:
 
 # Within a transaction of the caller's
 
+# Statements of every trial, made once: to make one takes about as long as to execute it.
+LEASE_ID: ScalarSelect[int] = (
+    select(LeaseRow.id)
+    .where(LeaseRow.study_id == bindparam("study_id"), LeaseRow.trial == bindparam("trial"))
+    .scalar_subquery()
+)
+"""The row id of the lease on a trial, to be asked for along with something else, with the two as parameters."""
+_NOW_AND_LEASE = select(Now(), LEASE_ID)
+
 
 def add_lease(session: Session, study_id: int, trial: int, holder: str, seconds: float, attempt: int = 1) -> None:
     """Give a lease on a trial, in place of the one that a trial which nobody seemed to hold was given.
@@ -79,17 +88,6 @@ def drop_lease(session: Session, study_id: int, trial: int) -> None:
 def drop_leases(session: Session, ids: Sequence[int]) -> None:
     """End leases of known row ids."""
     session.execute(delete(LeaseRow).where(LeaseRow.id.in_(ids)), execution_options={"synchronize_session": False})
-
-
-def lease_id() -> ScalarSelect[int]:
-    """The row id of the lease on a trial, to be asked for along with something else: of the parameters ``study_id`` and
-    ``trial``."""
-    mine = LeaseRow.study_id == bindparam("study_id"), LeaseRow.trial == bindparam("trial")
-    return select(LeaseRow.id).where(*mine).scalar_subquery()
-
-
-# A statement takes about as long to make as to execute, and these are every trial's.
-_NOW_AND_LEASE = select(Now(), lease_id())
 
 
 def leases_of(session: Session, study_id: int) -> list[Lease]:

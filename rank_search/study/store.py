@@ -46,13 +46,13 @@ from rank_search.study.stored import (
 )
 from rank_search.study.tables import FrontRow, MeasurementRow, StudyRow, TrialRow
 from rank_search.study.trial_rows import (
+    RUNGS,
+    TRIAL,
     HeldTrial,
     StudyKey,
     equal_trial,
     promoted,
-    rungs_query,
     take_over_rungs,
-    trial_query,
 )
 
 _SPENT = MeasurementRow.swap_seconds + MeasurementRow.finetune_seconds + MeasurementRow.score_seconds
@@ -145,7 +145,7 @@ class StudyStore:
     def trial(self, name: str, number: int) -> TrialRecord | None:
         """One trial, None if there is none of this number."""
         with self._read() as session:
-            row = session.scalar(trial_query(self._key(session, name), number))
+            row = session.scalar(TRIAL, self._key(session, name).trial(number))
             return None if row is None else trial_record(row)
 
     def finished(self, name: str) -> int:
@@ -211,7 +211,7 @@ class StudyStore:
         """What is stored of a trial, rung by rung."""
         with self._read() as session:
             study = self._key(session, name)
-            return tuple(map(measurement_of, session.scalars(rungs_query(study, number))))
+            return tuple(map(measurement_of, session.scalars(RUNGS, study.trial(number))))
 
     def rungs(self, name: str) -> dict[int, tuple[Measurement, ...]]:
         """Trial → what is stored of it, rung by rung."""

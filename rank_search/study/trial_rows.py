@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from rank_search.errors import LeaseLostError
 from rank_search.measurement import Measurement
-from rank_search.study.leases import drop_leases, lease_id
+from rank_search.study.leases import LEASE_ID, drop_leases
 from rank_search.study.records import FINISHED, State
 from rank_search.study.stored import measurement_of, set_measurement
 from rank_search.study.tables import MeasurementRow, TrialRow
@@ -25,6 +25,39 @@ class StudyKey:
 
     id: int
     name: str
+
+    def trial(self, number: int) -> dict[str, int]:
+        """One of its trials, as the parameters of a statement."""
+        return {"study_id": self.id, "trial": number}
+
+
+# Statements of one trial, made once: to make one takes about as long as to execute it.
+TRIAL: Select[TrialRow] = select(TrialRow).where(
+    TrialRow.study_id == bindparam("study_id"), TrialRow.number == bindparam("trial")
+)
+RUNGS: Select[MeasurementRow] = (
+    select(MeasurementRow)
+    .where(MeasurementRow.study_id == bindparam("study_id"), MeasurementRow.trial == bindparam("trial"))
+    .order_by(MeasurementRow.rung)
+)
+"""Its measurements, rung by rung."""
+_HELD = TRIAL.add_columns(exists(RUNGS.where(MeasurementRow.rung == bindparam("rung"))), LEASE_ID)
+_EQUAL = (
+    select(TrialRow.number)
+    .where(
+        TrialRow.study_id == bindparam("study_id"),
+        TrialRow.rank_map_digest == bindparam("digest"),
+        TrialRow.state.in_([*FINISHED, State.RUNNING]),
+        TrialRow.number.not_in(bindparam("but", expanding=True)),
+    )
+    .order_by(
+        case(
+            {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
+        ),
+        TrialRow.number,
+    )
+    .limit(1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +77,7 @@ class HeldTrial:
     @classmethod
     def find(cls, session: Session, study: StudyKey, number: int, rung: int) -> HeldTrial | None:
         """None if there is none of this number."""
-        found = session.execute(_HELD, {"study_id": study.id, "trial": number, "rung": rung}).one_or_none()
+        found = session.execute(_HELD, {**study.trial(number), "rung": rung}).one_or_none()
         return None if found is None else cls(found[0], found[1], study, found[2])
 
     @property
@@ -79,47 +112,9 @@ class HeldTrial:
             drop_leases(session, [self._lease])
 
 
-def trial_query(study: StudyKey, number: int) -> Select[TrialRow]:
-    """One trial."""
-    return select(TrialRow).where(TrialRow.study_id == study.id, TrialRow.number == number)
-
-
-def rungs_query(study: StudyKey, number: int) -> Select[MeasurementRow]:
-    """Its measurements, rung by rung."""
-    mine = MeasurementRow.study_id == study.id, MeasurementRow.trial == number
-    return select(MeasurementRow).where(*mine).order_by(MeasurementRow.rung)
-
-
 def promoted(mine: ColumnElement[bool]) -> ColumnElement[bool]:
     """Whether another trial continues a pruned one; ``mine``: whether it is of the same study."""
     return TrialRow.number.in_(select(TrialRow.promotes).where(mine, TrialRow.promotes.is_not(None)))
-
-
-_HELD = select(
-    TrialRow,
-    exists().where(
-        MeasurementRow.study_id == bindparam("study_id"),
-        MeasurementRow.trial == bindparam("trial"),
-        MeasurementRow.rung == bindparam("rung"),
-    ),
-    lease_id(),
-).where(TrialRow.study_id == bindparam("study_id"), TrialRow.number == bindparam("trial"))
-_EQUAL = (
-    select(TrialRow.number)
-    .where(
-        TrialRow.study_id == bindparam("study_id"),
-        TrialRow.rank_map_digest == bindparam("digest"),
-        TrialRow.state.in_([*FINISHED, State.RUNNING]),
-        TrialRow.number.not_in(bindparam("but", expanding=True)),
-    )
-    .order_by(
-        case(
-            {State.COMPLETE: 0, State.INFEASIBLE: 1, State.RUNNING: 2, State.PRUNED: 3}, value=TrialRow.state, else_=4
-        ),
-        TrialRow.number,
-    )
-    .limit(1)
-)
 
 
 def equal_trial(session: Session, row: TrialRow, but: Sequence[int]) -> int | None:
@@ -129,7 +124,7 @@ def equal_trial(session: Session, row: TrialRow, but: Sequence[int]) -> int | No
 
 def take_over_rungs(session: Session, study: StudyKey, old: int, new: int) -> None:
     """Make the measurements of a trial that was requeued those of the one that was proposed in its place."""
-    for row in session.scalars(rungs_query(study, old)).all():
+    for row in session.scalars(RUNGS, study.trial(old)).all():
         moved = MeasurementRow(study_id=study.id, trial=new, rung=row.rung, block_losses=row.block_losses)
         set_measurement(moved, measurement_of(row))
         session.delete(row)

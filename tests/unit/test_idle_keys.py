@@ -23,9 +23,9 @@ def idle(**tables: dict[str, Any]) -> tuple[str, ...]:
         ("search", {"sliced_tokens": [4096]}, {"fidelities": ["sliced", "tuned"]}, "search.fidelities has 'sliced'"),
         (
             "search",
-            {"multiplier_range": 1.0, "depth_buckets": 3, "space": "direct", "sampler": "tpe"},
+            {"multiplier_range": 1.0, "space": "direct", "sampler": "tpe"},
             {"space": "groups"},
-            "search.space is 'multipliers' or 'groups'",
+            "search.space is 'multipliers' or 'groups', or finetune.mode 'nested'",
         ),
         ("search", {"flat_tolerance": 0.01}, {"flat_trials": 20}, "search.flat_trials is given"),
         ("finetune", {"nested_steps": 64, "nested_ranges": 3}, {"mode": "nested"}, "finetune.mode is 'nested'"),
@@ -38,6 +38,12 @@ def test_a_key_is_idle_until_what_it_counts_with_is_there(
     keys = [key for key in given if key not in {"space", "sampler"}]
     assert idle(**{table: given}) == tuple(f"{table}.{key} does nothing here: it counts where {when}" for key in keys)
     assert idle(**{table: given | needed}) == ()
+
+
+def test_the_nested_fine_tune_draws_multipliers_whatever_the_space() -> None:
+    search = {"multiplier_range": 1.0, "space": "direct", "sampler": "tpe"}
+    assert len(idle(search=search)) == 1
+    assert idle(search=search, finetune={"mode": "nested"}) == ()
 
 
 def test_defaults_are_not_told() -> None:
